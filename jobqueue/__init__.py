@@ -1,0 +1,1 @@
+"""What the publisher, the consumer and the DLQ processor share; nothing here knows of orders."""

@@ -1,0 +1,168 @@
+"""What a script needs around its coroutine: arguments, log lines, signals and the exit status."""
+
+import argparse
+import asyncio
+import logging
+import math
+import os
+import re
+import signal
+import socket
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import TypeGuard
+
+from nats.errors import Error as NatsError
+from nats.js.errors import APIError, ServiceUnavailableError
+
+log = logging.getLogger(__name__)
+
+LONGEST_TEXT = 200  # characters of a payload in a log line
+
+
+class Failure(Exception):  # noqa: N818  it is what the user reads, not a kind of error
+    """What ends a script with exit status 1; its text is the one line that the user reads."""
+
+
+def start(run: Coroutine[None, None, int]) -> int:
+    """Run a script's coroutine and return the exit status: its own, or 1 after one line that says why.
+
+    Logs go to standard error, in the article's format.
+    """
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%Y/%m/%d %H:%M:%S", level=logging.INFO)
+    # nats-py and asyncio log tracebacks there; what matters of them reaches us through callbacks.
+    logging.getLogger("nats").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    # Until stop_on_signal() takes over nothing is held: end at once, without a KeyboardInterrupt's traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        return asyncio.run(run)
+    except Failure as failure:
+        log.error("%s", failure)
+    except BaseException as error:  # what a user's own task raised may end the event loop
+        log.error("%s", reason(error))
+    return 1
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[asyncio.Event]:
+    """Yield an event that the first SIGINT or SIGTERM sets; a second one ends the process at once."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def first(signum: signal.Signals) -> None:
+        restore()
+        log.info("%s: finishing what is held (a second signal ends it at once)", signum.name)
+        stop.set()
+
+    def restore() -> None:
+        for signum in signals:
+            loop.remove_signal_handler(signum)
+            signal.signal(signum, signal.SIG_DFL)
+
+    for signum in signals:
+        loop.add_signal_handler(signum, first, signum)
+    try:
+        yield stop
+    finally:
+        restore()
+
+
+def text(data: bytes | str) -> str:
+    """Return what came from outside as one harmless piece of a log line: escaped, and cut when long."""
+    shown = data[: 4 * LONGEST_TEXT]  # no character takes more than four bytes
+    if isinstance(shown, bytes):
+        shown = shown.decode("utf-8", "backslashreplace")
+    if not shown.isprintable():
+        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+    if len(shown) > LONGEST_TEXT or len(data) > 4 * LONGEST_TEXT:
+        shown = f"{shown[:LONGEST_TEXT]}... ({len(data)} in all)"
+    return shown
+
+
+def reason(error: BaseException) -> str:
+    """Return in one line what an error says, for people."""
+    try:
+        message = str(error).removeprefix("nats: ")
+    except BaseException:  # it may be a user's, and anything
+        message = ""
+    if isinstance(error, APIError) and error.description:
+        message = f"{error.description} ({error.err_code})"
+    elif isinstance(error, ServiceUnavailableError):
+        message = "no responders"
+    elif isinstance(error, TimeoutError) and message in ("", "timeout"):
+        message = "no answer in time"
+    elif failed := re.search(r"\[Errno (\d+)\] Connect call failed", message):
+        message = os.strerror(int(failed[1]))  # asyncio's own text names every address that it tried
+    elif isinstance(error, socket.gaierror):
+        message = str(error.strerror)
+    elif not (isinstance(error, NatsError) and message):
+        message = f"{type(error).__name__}: {message}".removesuffix(": ")
+    return text(message)
+
+
+def subject(value: str) -> str:
+    """Check an argument: a subject to publish to."""
+    if not _is_subject(value) or "*" in value or ">" in value:
+        raise argparse.ArgumentTypeError(f"'{text(value)}' is no subject to publish to, such as orders.new")
+    return value
+
+
+def subject_filter(value: str) -> str:
+    """Check an argument: a subject that may have wildcards."""
+    tokens = value.split(".")
+    if (
+        not _is_subject(value)
+        or any("*" in token and token != "*" for token in tokens)
+        or any(">" in token and token != ">" for token in tokens)
+        or ">" in tokens[:-1]
+    ):
+        raise argparse.ArgumentTypeError(f"'{text(value)}' is no subject filter, such as orders.*")
+    return value
+
+
+def name(value: str) -> str:
+    """Check an argument: a stream's name."""
+    if not is_name(value):
+        raise argparse.ArgumentTypeError(f"'{text(value)}' is no name of a stream")
+    return value
+
+
+def is_name(value: object) -> TypeGuard[str]:
+    """Return whether a value can be the name of a stream or a consumer, by the server's rules."""
+    return isinstance(value, str) and _is_subject(value) and len(value) <= 255 and not set(value) & set(".*>/\\")
+
+
+def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
+    """Return a check of an argument: a whole number from `low` to `high`."""
+
+    def check(value: str) -> int:
+        if not value.isdecimal() or not low <= int(value) <= high:
+            raise argparse.ArgumentTypeError(f"'{text(value)}' is no whole number {_range(low, high)}")
+        return int(value)
+
+    return check
+
+
+def number(low: float, high: float = math.inf) -> Callable[[str], float]:
+    """Return a check of an argument: a finite number from `low` to `high`."""
+
+    def check(value: str) -> float:
+        try:
+            checked = float(value)
+        except ValueError:
+            checked = math.nan
+        if not (low <= checked <= high and math.isfinite(checked)):
+            raise argparse.ArgumentTypeError(f"'{text(value)}' is no number {_range(low, high)}")
+        return checked
+
+    return check
+
+
+def _is_subject(value: str) -> bool:
+    return value.isprintable() and " " not in value and all(value.split("."))
+
+
+def _range(low: float, high: float) -> str:
+    return f"of {low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
