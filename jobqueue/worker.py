@@ -1,0 +1,358 @@
+"""Pull, work, acknowledge, stop: the loop of both consumers.
+
+One message in, one message out. A slot asks with a pull request for one message, works on it, and
+acknowledges it with `+NXT`, which is an ack and the next pull request in one; the answer, the next message
+or a status, comes to the slot's own inbox and is what confirms the ack. There is one slot more than
+hands to work, so that the next message is on its way while this one is worked on: that is all the prefetch
+there is. Whatever is held is kept alive with `+WPI`, so that work may take longer than the ack wait.
+
+Source: https://docs.nats.io/reference/reference-protocols/nats_api_reference (MSG.NEXT, +NXT, +WPI).
+"""
+
+import asyncio
+import json
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import TypeVar
+
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.errors import Error, NoRespondersError, OutboundBufferLimitError
+from nats.js.api import ConsumerConfig
+from nats.js.errors import NoStreamResponseError, NotFoundError, ServerError, ServiceUnavailableError
+
+from jobqueue.script import Failure, reason, text
+
+log = logging.getLogger(__name__)
+
+ACK = Msg.Ack.Ack
+TERM = Msg.Ack.Term
+LEAVE = b""  # no answer at all: the ack wait brings the message back
+
+EXPIRES = 2.0  # seconds that a pull request waits at the server; a stop waits for that, so it isn't more
+LATE = 2.0  # seconds after that until its answer counts as lost: no pull request outlives the wait for it
+CONFIRM = 30.0  # seconds of asking for the confirmation of one ack
+CONFIRM_AT_STOP = 10.0
+TICK = 0.1  # seconds between two looks at what is due
+LONGEST_PAUSE = 2.0  # seconds between two attempts while something is wrong
+
+# What passes by itself: no answer, no leader, no connection.
+PASSING = (
+    TimeoutError,
+    NoRespondersError,
+    NoStreamResponseError,
+    OutboundBufferLimitError,
+    ServiceUnavailableError,
+    ServerError,
+)
+
+Handle = Callable[[Msg], Awaitable[bytes]]
+Answers = asyncio.Queue[Msg | None]
+T = TypeVar("T")
+
+
+async def find_stream(nc: Client, stream: str, script: str) -> list[str]:
+    """Return the subjects of a stream.
+
+    Args:
+        nc: the connection.
+        stream: the stream's name.
+        script: what creates such a stream, for the line that says that it isn't there.
+
+    Raises:
+        Failure: there is no such stream.
+
+    """
+    try:
+        info = await nc.jetstream().stream_info(stream)
+    except NotFoundError:
+        raise Failure(f"there is no stream {stream}: create it with {script}") from None
+    return info.config.subjects or []
+
+
+def overlap(one: str, other: str) -> bool:
+    """Return whether a subject can match both of two subjects with wildcards."""
+    tokens, others = one.split("."), other.split(".")
+    for token, its in zip(tokens, others, strict=False):
+        if ">" in (token, its):
+            return True
+        if token != its and "*" not in (token, its):
+            return False
+    return len(tokens) == len(others)
+
+
+async def attempt(work: Awaitable[None]) -> BaseException | None:
+    """Await a user's own work and return what it raised, whatever that is, or None.
+
+    Even a SystemExit or a CancelledError is no more than failed work. So it has a task of its own, which it may
+    cancel; only the cancellation of the caller goes through.
+    """
+
+    async def outcome() -> BaseException | None:
+        try:
+            await work
+        except BaseException as error:
+            return error
+        return None
+
+    error = await asyncio.create_task(outcome())
+    caller = asyncio.current_task()
+    if caller and caller.cancelling():
+        raise asyncio.CancelledError
+    return error
+
+
+async def retry(call: Callable[[], Awaitable[T]], what: str, give_up: Callable[[Exception], bool]) -> T:
+    """Return what `call()` returns, called again after each fault that passes by itself.
+
+    Args:
+        call: makes the request.
+        what: what it is for, for the log line when it doesn't work at once; without it there is none.
+        give_up: says of a fault whether to raise it.
+
+    """
+    pause = TICK
+    while True:
+        try:
+            return await call()
+        except (*PASSING, NotFoundError) as fault:  # a stream that is gone may come back
+            if give_up(fault):
+                raise
+            if what and pause == TICK:
+                log.warning("%s: %s; trying again", what, reason(fault))
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+class Worker:
+    """A process's share of the work on one durable consumer.
+
+    Args:
+        nc: the connection.
+        stream: the stream's name.
+        config: the durable, which is created or updated.
+        handle: works on one message and returns ACK, TERM or LEAVE; an exception is logged and means LEAVE.
+        concurrency: how many messages are worked on at a time.
+        stop: the event that ends the work.
+
+    """
+
+    def __init__(
+        self,
+        nc: Client,
+        stream: str,
+        config: ConsumerConfig,
+        handle: Handle,
+        concurrency: int,
+        stop: asyncio.Event,
+    ) -> None:
+        self._nc = nc
+        self._stream = stream
+        self._config = config
+        self._handle = handle
+        self._slots = concurrency + 1
+        self._hands = asyncio.Semaphore(concurrency)
+        self._stop = stop
+        self._next = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{config.durable_name}"
+        self._pull = json.dumps({"batch": 1, "expires": int(EXPIRES * 1e9)}).encode()
+        self._held: dict[str, Msg] = {}  # by ack subject: what is worked on, or waits for a hand or a confirmation
+        self._waiting: dict[Answers, float] = {}  # the slots that wait for an answer, and until when
+        self._troubled: set[Answers] = set()  # the slots whose last answer was no good
+        self._mending = asyncio.Lock()
+        self._mended = 0.0  # when one of them last saw to the durable
+        self._complaint = ""
+
+    async def run(self) -> Counter[bytes]:
+        """Work until told to stop, then finish what is held.
+
+        Returns:
+            How many messages were acknowledged (ACK), terminated (TERM) and left (LEAVE).
+
+        Raises:
+            Failure: the durable cannot be created.
+
+        """
+        try:
+            ack_wait = await self._create_durable()
+        except Error as error:
+            durable = self._config.durable_name
+            raise Failure(f"cannot create the durable {durable} on {self._stream}: {reason(error)}") from None
+        tally: Counter[bytes] = Counter()
+        async with asyncio.TaskGroup() as tasks:
+            ticking = tasks.create_task(self._tick(ack_wait / 3))
+            async with asyncio.TaskGroup() as slots:
+                for _ in range(self._slots):
+                    slots.create_task(self._slot(tally))
+            ticking.cancel()
+        return tally
+
+    async def _slot(self, tally: Counter[bytes]) -> None:
+        """Ask, work, acknowledge and ask again, until the stop."""
+        answers: Answers = asyncio.Queue()
+
+        async def arrived(answer: Msg) -> None:
+            if answer.reply:
+                self._held[answer.reply] = answer
+            answers.put_nowait(answer)
+
+        inbox = self._nc.new_inbox()
+        await self._nc.subscribe(inbox, cb=arrived)
+        acked: Msg | None = None  # what is done, as long as no answer has confirmed its ack
+        pause = TICK
+        while not (self._stop.is_set() and answers.empty()):
+            if acked and acked.reply not in self._held:
+                acked = None
+            if acked and not answers.empty():  # a late answer to an earlier request confirms nothing
+                await self._confirm(acked, ACK)
+                acked = None
+            answer = await self._ask(inbox, acked, answers)
+            trouble = _trouble(answer)
+            if trouble:
+                await self._recover(answers, trouble, pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+            elif answer:
+                self._well(answers)
+                pause = TICK
+            if acked:
+                if trouble or not answer:
+                    await self._confirm(acked, ACK)
+                self._held.pop(acked.reply, None)
+                acked = None
+            if answer and answer.reply:
+                async with self._hands:
+                    verdict = await self._work(answer)
+                tally[verdict] += 1
+                if verdict == ACK and answer.reply in self._held:
+                    acked = answer
+                elif verdict == TERM:
+                    await self._confirm(answer, TERM)
+                else:
+                    self._held.pop(answer.reply, None)
+            elif answer:
+                await asyncio.sleep(TICK)  # for the case that statuses come at once, one after the other
+        if acked:
+            await self._confirm(acked, ACK)
+
+    async def _work(self, message: Msg) -> bytes:
+        try:
+            return await self._handle(message)
+        except Exception as error:
+            log.error(
+                "stream sequence # %d in %s: %s",
+                message.metadata.sequence.stream,
+                self._stream,
+                reason(error),
+            )
+            return LEAVE
+
+    async def _ask(self, inbox: str, acked: Msg | None, answers: Answers) -> Msg | None:
+        """Acknowledge what is done, ask for the next message, and return the answer, or None if none came."""
+        # What is sent without a connection is kept by nats-py and sent later: more requests than wanted.
+        while answers.empty() and not self._nc.is_connected and not self._stop.is_set():
+            await asyncio.sleep(TICK)
+        if answers.empty() and not self._stop.is_set():
+            with suppress(OutboundBufferLimitError):
+                if acked:
+                    await self._nc.publish(acked.reply, b"+NXT " + self._pull, reply=inbox)
+                else:
+                    await self._nc.publish(self._next, self._pull, reply=inbox)
+        self._waiting[answers] = asyncio.get_running_loop().time() + EXPIRES + LATE
+        try:
+            return await answers.get()
+        finally:
+            self._waiting.pop(answers, None)
+
+    async def _tick(self, heartbeat: float) -> None:
+        """Keep alive what is held; wake the slots whose answer is lost, as each of before a reconnect may be."""
+        loop = asyncio.get_running_loop()
+        reconnects = self._nc.stats["reconnects"]
+        due = loop.time() + heartbeat
+        while True:
+            await asyncio.sleep(TICK)
+            now = loop.time()
+            reconnected = reconnects != self._nc.stats["reconnects"]
+            reconnects = self._nc.stats["reconnects"]
+            for answers, deadline in list(self._waiting.items()):
+                if reconnected or now > deadline:
+                    del self._waiting[answers]
+                    answers.put_nowait(None)
+            if self._nc.is_connected and now >= due:
+                due = now + heartbeat
+                with suppress(OutboundBufferLimitError):
+                    for ack_subject in list(self._held):
+                        await self._nc.publish(ack_subject, Msg.Ack.Progress)
+
+    async def _confirm(self, message: Msg, ack: bytes) -> None:
+        """Send an ack until the server answers it; an ack may be repeated."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+
+        async def send() -> None:
+            if message.reply in self._held:
+                await self._nc.request(message.reply, ack, timeout=LATE)
+
+        def give_up(_: Exception) -> bool:
+            return loop.time() > began + (CONFIRM_AT_STOP if self._stop.is_set() else CONFIRM)
+
+        try:
+            await retry(send, "", give_up)
+        except PASSING:
+            sequence = message.metadata.sequence.stream
+            log.warning("ack of # %d in %s is not confirmed: it may come again", sequence, self._stream)
+        self._held.pop(message.reply, None)
+
+    async def _recover(self, answers: Answers, trouble: str, pause: float) -> None:
+        """Back off, then see to it that the durable is there; one slot does that for all."""
+        noticed = asyncio.get_running_loop().time()
+        if not self._troubled:
+            self._complain(trouble)
+        self._troubled.add(answers)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._stop.wait(), pause)
+        async with self._mending:
+            if self._mended < noticed and not self._stop.is_set():
+                try:
+                    await self._create_durable()
+                    await self._forget()
+                except Error as error:
+                    self._complain(reason(error))
+                self._mended = asyncio.get_running_loop().time()
+
+    async def _forget(self) -> None:
+        """Let go of what came from a stream that was deleted: an ack would go to what has its sequence now."""
+        created = (await self._nc.jetstream().stream_info(self._stream)).created
+        for message in list(self._held.values()):
+            if created and message.metadata.timestamp < created:
+                del self._held[message.reply]
+
+    def _complain(self, complaint: str) -> None:
+        if complaint != self._complaint:
+            log.warning("%s: %s; trying again", self._stream, complaint)
+        self._complaint = complaint
+
+    def _well(self, answers: Answers) -> None:
+        if answers in self._troubled:
+            self._troubled.discard(answers)
+            if not self._troubled:
+                self._complaint = ""
+                log.info("%s is back", self._stream)
+
+    async def _create_durable(self) -> float:
+        """Create or update the durable and return its shortest ack wait, in seconds."""
+        info = await self._nc.jetstream().add_consumer(self._stream, self._config)
+        config: ConsumerConfig = info.config
+        return min(config.backoff or [config.ack_wait or 30.0])
+
+
+def _trouble(answer: Msg | None) -> str:
+    """Return what is wrong with an answer: nothing with a message, or with a 404 or 408 (none now)."""
+    if answer is None or answer.reply:
+        return ""
+    headers = answer.headers or {}
+    status = headers.get("Status", "")
+    if status in ("404", "408"):
+        return ""
+    description = headers.get("Description", "").strip().splitlines()
+    return text(f"{status} {description[0] if description else 'no responders'}")
