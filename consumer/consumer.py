@@ -1,0 +1,122 @@
+"""Process orders from a JetStream work queue; any number of processes share the work.
+
+Usage:
+    python consumer/consumer.py orders_stream "orders.*"
+"""
+
+import argparse
+import asyncio
+import logging
+import random
+import sys
+
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.errors import Error
+from nats.js.api import AckPolicy, ConsumerConfig
+from nats.js.errors import NotFoundError
+
+from jobqueue.connection import connect
+from jobqueue.script import Failure, name, number, reason, start, stop_on_signal, subject_filter, text, whole
+from jobqueue.worker import ACK, LEAVE, Worker, attempt, find_stream, overlap
+
+log = logging.getLogger("consumer")
+
+DURABLE = "processor"
+BACKOFF = [5.0]  # seconds until an order that was not acknowledged comes again
+MAX_DELIVER = 2  # after so many deliveries without an ack the order is a dead letter
+ADVISORY = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES"
+
+options = argparse.Namespace()
+
+
+class SimulatedError(Exception):
+    """An order fails by chance, as in the article."""
+
+
+def parse_args() -> None:
+    """Read the command line's arguments into `options`."""
+    parser = argparse.ArgumentParser(description="Process orders from a JetStream work queue.")
+    parser.add_argument("stream", type=name, help="the stream's name, such as orders_stream")
+    parser.add_argument("subject_filter", type=subject_filter, help='which orders, such as "orders.*"')
+    parser.add_argument("--concurrency", type=whole(1, 500), default=1, help="how many orders at a time (default: 1)")
+    parser.add_argument("--failure-rate", type=number(0, 1), default=0.5, help="how many of them fail (default: 0.5)")
+    parser.add_argument("--work-time", type=number(0), default=0.01, help="seconds that an order takes (default: 0.01)")
+    parser.parse_args(namespace=options)
+
+
+async def process(order: Msg) -> None:
+    """Process one order: the place for your own work. Return when it is done, raise when it failed.
+
+    Args:
+        order: `data` is the payload, `subject` and `headers` came with it. It may come a second time,
+            after a failure or a crash.
+
+    """
+    if random.random() < options.failure_rate:
+        raise SimulatedError
+    log.info("received %s from stream sequence # %d", text(order.data), order.metadata.sequence.stream)
+    await asyncio.sleep(options.work_time)
+
+
+async def handle(order: Msg) -> bytes:
+    """Process one order and return how to acknowledge it: a failed one not at all, so that it comes again."""
+    error = await attempt(process(order))
+    if error is None:
+        return ACK
+    why = "" if isinstance(error, SimulatedError) else f": {reason(error)}"
+    log.info("error processing %s%s", text(order.data), why)
+    if order.metadata.num_delivered >= MAX_DELIVER:
+        log.info("%s will be processed via DLQ", text(order.data))
+    return LEAVE
+
+
+async def check_streams(nc: Client) -> None:
+    """Check that the stream has what we ask for, and warn when its dead letters would be lost."""
+    subjects = await find_stream(nc, options.stream, "scripts/create_orders_stream.sh")
+    if subjects and not any(overlap(options.subject_filter, subject) for subject in subjects):
+        raise Failure(
+            f"{options.stream} has no subject that {options.subject_filter} matches: "
+            f"its subjects are {text(', '.join(subjects))}"
+        )
+    advisory = f"{ADVISORY}.{options.stream}.{DURABLE}"
+    try:
+        await nc.jetstream().find_stream_name_by_subject(advisory)
+    except NotFoundError:
+        log.warning(
+            "no stream keeps the advisories %s: nobody will hear of orders that fail %d times, "
+            "until scripts/create_orders_unprocessed.sh creates one",
+            advisory,
+            MAX_DELIVER,
+        )
+    except Error as error:
+        log.warning("cannot tell whether a stream keeps the advisories %s: %s", advisory, reason(error))
+
+
+async def run() -> int:
+    """Process orders until told to stop."""
+    config = ConsumerConfig(
+        name=DURABLE,
+        durable_name=DURABLE,
+        description="Orders processor",
+        backoff=BACKOFF,
+        max_deliver=MAX_DELIVER,
+        filter_subject=options.subject_filter,
+        ack_policy=AckPolicy.EXPLICIT,
+    )
+    async with connect(f"consumer_{options.stream}") as nc:
+        await check_streams(nc)
+        with stop_on_signal() as stop:
+            tally = await Worker(nc, options.stream, config, handle, options.concurrency, stop).run()
+    log.info("stopped: %d orders processed, %d deliveries failed", tally[ACK], tally[LEAVE])
+    return 0
+
+
+def main() -> None:
+    """Run the consumer."""
+    parse_args()
+    sys.exit(start(run()))
+
+
+if __name__ == "__main__":
+    main()
