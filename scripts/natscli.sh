@@ -1,0 +1,71 @@
+# shellcheck shell=bash
+# For the scripts that create a stream: natscli, going where the Python scripts go, as who they are.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PATH="$PATH:$root/.venv/bin" # where scripts/setup.sh puts natscli and Python
+
+fail() {
+    echo "$1" >&2
+    exit "${2:-1}"
+}
+
+command -v nats >/dev/null ||
+    fail "natscli (the command nats) is missing: run scripts/setup.sh, or see https://github.com/nats-io/natscli"
+
+# The same two variables as in jobqueue/connection.py; the others that natscli knows are for its other uses.
+credentials=${NATS_CREDENTIALS_FILE_PATH:-}
+if [ -n "$credentials" ]; then
+    url=${NATS_URL:-tls://connect.ngs.global}
+else
+    url=${NATS_URL:-nats://localhost:4222}
+fi
+# shellcheck disable=SC2046 # no variable has a space in its name
+unset -v $(compgen -v NATS_)
+export NATS_URL=$url
+[ -z "$credentials" ] || export NATS_CREDS=$credentials
+
+# natscli ARGUMENT...: runs it without a terminal and puts what it prints, or the line of its error, in `output`.
+natscli() {
+    output=$(nats --no-context "$@" 2>&1 </dev/null) && return
+    output=${output##*$'\n'}
+    output=${output#nats: error: }
+    output=${output#could not create Stream: }
+    case $output in
+        *'parse "'*) # it has the URL in it, and in that perhaps a password
+            output="NATS_URL must be URLs such as nats://localhost:4222, with commas between them" ;;
+    esac
+    return 1
+}
+
+# create_stream NAME FLAG...: creates a stream, or sees to it that it is there with just these flags.
+create_stream() {
+    local name=$1 wanted
+    shift
+    case ${REPLICAS:-1} in
+        [1-5]) ;;
+        *) fail "REPLICAS must be a number from 1 to 5" 2 ;;
+    esac
+    if natscli stream add "$name" --defaults "$@"; then
+        echo "$output"
+        return
+    fi
+    case $output in
+        *"(10058)"*) ;; # the name is in use with a different configuration
+        *) fail "$name was not created: $output" ;;
+    esac
+    natscli stream add "$name" --defaults --output=/dev/stdout "$@" && wanted=$output
+    natscli stream info "$name" --json
+    fail "$name is there with another configuration, and was not changed: $(differences "$wanted" <<<"$output")"
+}
+
+# differences WANTED: says where the stream on standard input differs from the configuration WANTED (JSON).
+differences() {
+    python3 -c '
+import json, sys
+found, wanted = json.load(sys.stdin)["config"], json.loads(sys.argv[1])
+print("; ".join(
+    f"{key} is {json.dumps(found.get(key))} instead of {json.dumps(value)}"
+    for key, value in wanted.items()
+    if (found.get(key) or None) != (value or None)
+))' "$1"
+}
