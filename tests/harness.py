@@ -1,0 +1,316 @@
+"""The real parts that the tests run: nats-server, the project's scripts, natscli."""
+
+import asyncio
+import base64
+import json
+import os
+import re
+import signal
+import sys
+import urllib.request
+from asyncio.subprocess import PIPE, STDOUT, Process
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import nats
+from nats.aio.client import Client
+from nats.js.api import AckPolicy, ConsumerConfig
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+NATS_SERVER = os.environ.get("NATS_SERVER", str(BIN / "nats-server"))  # another version may be named there
+PATIENCE = 60.0  # seconds until an event that a test waits for counts as one that doesn't come
+
+ADVISORIES = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.orders_stream"
+CONSUMER = ("consumer/consumer.py", "orders_stream", "orders.*")
+DLQ = ("dlq/consumer.py", "orders_unprocessed", "orders_stream")
+PUBLISHER = ("publisher/publisher.py", "orders.new")
+
+
+def environment(**env: str) -> dict[str, str]:
+    """Return the environment of a test's processes: nothing of the developer's own NATS settings."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("NATS_")}
+    return {**inherited, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **env}
+
+
+class Script:
+    """A running process and the lines that it has written so far."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self._changed = asyncio.Condition()
+        self._ended = False
+        self._reading = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        assert self.process.stdout
+        async for line in self.process.stdout:
+            async with self._changed:
+                self.lines.append(line.decode().rstrip("\n"))
+                self._changed.notify_all()
+        async with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def found(self, pattern: str) -> list[str]:
+        """Return the first group, or all but the time stamp, of each line that matches."""
+        matches = (re.fullmatch(rf"(?:[\d/]+ [\d:]+ )?({pattern})", line) for line in self.lines)
+        return [match[min(2, match.re.groups)] for match in matches if match]
+
+    async def line(self, pattern: str, count: int = 1) -> str:
+        """Wait for the count-th line that matches, and return it."""
+        try:
+            async with asyncio.timeout(PATIENCE), self._changed:
+                while len(self.found(pattern)) < count and not self._ended:
+                    await self._changed.wait()
+        except TimeoutError:
+            pass
+        assert len(self.found(pattern)) >= count, f"no {pattern!r} in:\n" + "\n".join(self.lines)
+        return self.found(pattern)[count - 1]
+
+    async def status(self) -> int:
+        """Wait until the process has ended and return its exit status."""
+        async with asyncio.timeout(PATIENCE):
+            await self._reading
+            return await self.process.wait()
+
+    async def stop(self, signum: int = signal.SIGTERM) -> int:
+        """Send a signal and return the exit status."""
+        self.process.send_signal(signum)
+        return await self.status()
+
+    @property
+    def messages(self) -> list[str]:
+        """The lines without their time stamps."""
+        return self.found(r"(.*)")
+
+
+@asynccontextmanager
+async def started(*command: str | Path, **env: str) -> AsyncIterator[Script]:
+    """Run a process, which doesn't outlive the test."""
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=PIPE,
+        stderr=STDOUT,
+        cwd=ROOT,
+        env=environment(**env),
+        limit=2**24,  # bytes of the longest line
+    )
+    try:
+        script = Script(process)
+        yield script
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+class Server:
+    """A nats-server with its own directory and port, both kept over a restart."""
+
+    def __init__(self, directory: Path, config: str = "", jetstream: bool = True) -> None:
+        self.directory = directory
+        self.port = -1
+        self.monitoring = ""
+        self.process: Process | None = None
+        self._config = directory / "server.conf"
+        self._store = f"jetstream {{ store_dir: {json.dumps(str(directory / 'store'))} }}" if jetstream else ""
+        self.configure(config)
+
+    def configure(self, config: str) -> None:
+        """Write the configuration, and let a running server reload it."""
+        self._config.write_text(f"{config}\n{self._store}\n")
+        if self.process:
+            self.process.send_signal(signal.SIGHUP)
+
+    @property
+    def url(self) -> str:
+        return f"nats://127.0.0.1:{self.port}"
+
+    async def start(self) -> None:
+        """Start the server and wait until it takes connections."""
+        for file in self.directory.glob("*.ports"):
+            file.unlink()
+        self.process = await asyncio.create_subprocess_exec(
+            *(
+                NATS_SERVER,
+                "--config",
+                self._config,
+                "--addr",
+                "127.0.0.1",
+                "--port",
+                str(self.port),
+                "--http_port",
+                "-1",
+            ),
+            *("--ports_file_dir", self.directory, "--log", self.directory / "log"),
+            stderr=PIPE,
+        )
+        async with asyncio.timeout(PATIENCE):
+            while not any(file.read_text() for file in self.directory.glob("*.ports")):
+                assert self.process.returncode is None, (self.directory / "log").read_text()
+                await asyncio.sleep(0.02)
+        (file,) = self.directory.glob("*.ports")
+        ports = json.loads(file.read_text())
+        self.port = int(re.findall(r":(\d+)", ports["nats"][0])[0])
+        self.monitoring = ports["monitoring"][0]
+
+    async def stop(self, signum: int = signal.SIGTERM) -> None:
+        """End the server by a signal; SIGKILL is a crash."""
+        if self.process and self.process.returncode is None:
+            self.process.send_signal(signum)
+        if self.process:
+            await self.process.wait()
+
+    async def restart(self, signum: int = signal.SIGKILL) -> None:
+        """End the server by a signal and start it again."""
+        await self.stop(signum)
+        await self.start()
+
+    @asynccontextmanager
+    async def script(self, *command: str, **env: str) -> AsyncIterator[Script]:
+        """Run one of the project's Python scripts on this server."""
+        async with started(sys.executable, *command, **{"NATS_URL": self.url, **env}) as script:
+            yield script
+
+    async def run(self, *command: str | Path, **env: str) -> Script:
+        """Run a command on this server until it ends; a .py file is run by Python."""
+        program = (sys.executable,) if str(command[0]).endswith(".py") else ()
+        async with started(*program, *command, **{"NATS_URL": self.url, **env}) as script:
+            await script.status()
+            return script
+
+    async def create_streams(self, **env: str) -> None:
+        """Create both streams with the project's shell scripts."""
+        for stream in ("orders_stream", "orders_unprocessed"):
+            created = await self.run(f"scripts/create_{stream}.sh", **env)
+            assert created.process.returncode == 0, created.lines
+
+    async def connection_names(self) -> set[str]:
+        """Return the names of the connections, as the server's monitoring tells them."""
+        answer = await asyncio.to_thread(urllib.request.urlopen, f"{self.monitoring}/connz")
+        return {connection.get("name", "") for connection in json.load(answer)["connections"]}
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[Client]:
+        """Connect to this server."""
+        nc = await nats.connect(self.url)
+        try:
+            yield nc
+        finally:
+            await nc.close()
+
+
+def with_body(script: str, function: str, body: str, directory: Path) -> str:
+    """Return a copy of a script in which a function has another body, as a user would write it."""
+    source = (ROOT / script).read_text()
+    pattern = rf'(async def {function}\(.*?\n    """(?=\n)).*?(?=\n\n\n)'
+    changed, count = re.subn(pattern, lambda found: f"{found[1]}\n    {body}", source, flags=re.DOTALL)
+    assert count == 1
+    copy = directory / f"{function}.py"
+    copy.write_text(changed)
+    return str(copy)
+
+
+async def request(nc: Client, subject: str, payload: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return what the JetStream API answers, as it is on the wire."""
+    answer = await nc.request(f"$JS.API.{subject}", json.dumps(payload).encode() if payload else b"", timeout=5)
+    decoded: dict[str, Any] = json.loads(answer.data)
+    return decoded
+
+
+async def state(nc: Client, stream: str) -> dict[str, int]:
+    """Return the state of a stream."""
+    found: dict[str, int] = (await request(nc, f"STREAM.INFO.{stream}"))["state"]
+    return found
+
+
+async def messages(nc: Client, stream: str) -> int:
+    """Return how many messages are in a stream."""
+    return (await state(nc, stream))["messages"]
+
+
+@asynccontextmanager
+async def serving(directory: Path, config: str = "", jetstream: bool = True) -> AsyncIterator[Server]:
+    """Run a nats-server with a configuration of its own."""
+    server = Server(directory, config, jetstream)
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()
+
+
+async def durable_info(nc: Client, stream: str, durable: str) -> dict[str, Any]:
+    """Wait until the durable is there and return what the server says of it."""
+    async with asyncio.timeout(PATIENCE):
+        while "error" in (info := await request(nc, f"CONSUMER.INFO.{stream}.{durable}")):
+            await asyncio.sleep(0.05)
+    return info
+
+
+async def emptied(nc: Client, *streams: str) -> None:
+    """Wait until the streams are empty."""
+    async with asyncio.timeout(PATIENCE):
+        while any([await messages(nc, stream) for stream in streams]):
+            await asyncio.sleep(0.05)
+
+
+async def publish(nc: Client, *orders: bytes, subject: str = "orders.new", **headers: str) -> None:
+    """Publish orders with nats-py alone."""
+    js = nc.jetstream()
+    pending = [await js.publish_async(subject, order, headers=headers or None) for order in orders]
+    await asyncio.gather(*pending)
+
+
+async def dead_letters(nc: Client, *orders: bytes, durable: str = "processor", backoff: float = 0.1) -> None:
+    """Publish orders and let each be delivered twice without an ack, by a durable of the article's kind."""
+    js = nc.jetstream()
+    before = (await state(nc, "orders_unprocessed"))["last_seq"]
+    await publish(nc, *orders)
+    config = ConsumerConfig(
+        name=durable,
+        durable_name=durable,
+        backoff=[backoff],
+        max_deliver=2,
+        filter_subject="orders.*",
+        ack_policy=AckPolicy.EXPLICIT,
+    )
+    await js.add_consumer("orders_stream", config)
+    # The server notices that an order is dead when it would deliver it to a pull request once more.
+    pull = json.dumps({"batch": 2 * len(orders) + 1, "expires": 30 * 10**9}).encode()
+    inbox = nc.new_inbox()
+    subscription = await nc.subscribe(inbox)
+    await nc.publish(f"$JS.API.CONSUMER.MSG.NEXT.orders_stream.{durable}", pull, reply=inbox)
+    async with asyncio.timeout(PATIENCE):
+        while (await state(nc, "orders_unprocessed"))["last_seq"] < before + len(orders):
+            await asyncio.sleep(0.05)
+    await subscription.unsubscribe()
+
+
+async def operator_mode(directory: Path) -> str:
+    """Make an operator with an account, and return the server's configuration for them.
+
+    The files app.creds and other.creds are a user of that account, and one of another operator's.
+    """
+    for operator, file in (("op", "app.creds"), ("stranger", "other.creds")):
+        where = ("--operator", operator)
+        for command in (
+            ("operator", "add", operator),
+            ("account", "add", "app", *where, "--defaults", "--jetstream", "--js-disk=4GB", "--js-memory=1GB"),
+            ("user", "add", "app", "app", *where, "--defaults", f"--credential={directory / file}"),
+        ):
+            async with started("nats", "auth", *command, XDG_DATA_HOME=str(directory)) as natscli:
+                assert await natscli.status() == 0, natscli.lines
+    store = directory / "nats" / "nsc" / "stores" / "op"
+    tokens = {account: (store / "accounts" / account / f"{account}.jwt").read_text() for account in ("app", "SYSTEM")}
+    keys = {account: json.loads(base64.b64decode(jwt.split(".")[1] + "=="))["sub"] for account, jwt in tokens.items()}
+    preload = "\n".join(f"{keys[account]}: {tokens[account]}" for account in tokens)
+    return (
+        f"operator: {store / 'op.jwt'}\nsystem_account: {keys['SYSTEM']}\n"
+        f"resolver: MEMORY\nresolver_preload: {{\n{preload}\n}}\n"
+    )

@@ -1,0 +1,88 @@
+"""A TCP proxy between a process and its server, which can be cut and can swallow what it should pass on."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+
+
+class Proxy:
+    """Passes bytes on, unless told otherwise.
+
+    `swallow` is called with each piece, whichever way it goes, and the connection is cut instead of passing on
+    a piece for which it returns True.
+    """
+
+    def __init__(self, target: int) -> None:
+        self.port = 0
+        self.swallow: Callable[[bytes], bool] = lambda _: False
+        self.is_cut = False
+        self._target = target
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    @property
+    def url(self) -> str:
+        return f"nats://127.0.0.1:{self.port}"
+
+    def cut(self) -> None:
+        """Close every connection; while cut, new ones are closed at once."""
+        self.is_cut = True
+        for writer in self._writers:
+            writer.transport.abort()
+
+    def stall(self) -> None:
+        """Read nothing more from the connections of now; new ones work."""
+        for writer in self._writers:
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+
+    def mend(self) -> None:
+        self.is_cut = False
+
+    def swallow_first(self, part: bytes) -> None:
+        """Cut the connection once, instead of passing on a piece that has this in it."""
+
+        def swallow(piece: bytes) -> bool:
+            if part not in piece:
+                return False
+            self.swallow = lambda _: False
+            return True
+
+        self.swallow = swallow
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.is_cut:
+            writer.transport.abort()
+            return
+        server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        both = {writer, server_writer}
+        self._writers |= both
+        try:
+            with suppress(OSError):
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(self._pump(reader, server_writer))
+                    tasks.create_task(self._pump(server_reader, writer))
+        finally:
+            self._writers -= both
+            for one in both:
+                one.transport.abort()
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while piece := await reader.read(2**16):
+                if self.swallow(piece):
+                    break
+                writer.write(piece)
+                await writer.drain()
+        writer.transport.abort()
+
+
+@asynccontextmanager
+async def proxied(target: int) -> AsyncIterator[Proxy]:
+    """Run a proxy to a port of this machine."""
+    proxy = Proxy(target)
+    server = await asyncio.start_server(proxy._serve, "127.0.0.1", 0)
+    proxy.port = server.sockets[0].getsockname()[1]
+    try:
+        yield proxy
+    finally:
+        proxy.cut()
+        server.close()

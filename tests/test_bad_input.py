@@ -1,0 +1,274 @@
+# ruff: noqa: E501  a command and its line are read side by side
+"""Bad input gets one clear line and its exit status: 2 for usage, 1 otherwise."""
+
+import asyncio
+import re
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from nats.aio.client import Client
+
+from tests.harness import (
+    CONSUMER,
+    DLQ,
+    PUBLISHER,
+    Server,
+    emptied,
+    messages,
+    operator_mode,
+    publish,
+    request,
+    serving,
+    started,
+)
+
+SCRIPTS = [PUBLISHER, CONSUMER, DLQ]
+URLS = "NATS_URL must be URLs such as nats://localhost:4222, with commas between them"
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("publisher/publisher.py", "the following arguments are required: subject"),
+        ("publisher/publisher.py|", "argument subject: '' is no subject to publish to, such as orders.new"),
+        ("publisher/publisher.py|a b", "argument subject: 'a b' is no subject to publish to, such as orders.new"),
+        ("publisher/publisher.py|orders.*", "argument subject: 'orders.*' is no subject to publish to, such as orders.new"),
+        ("publisher/publisher.py|orders.>", "argument subject: 'orders.>' is no subject to publish to, such as orders.new"),
+        ("publisher/publisher.py|orders..new", "argument subject: 'orders..new' is no subject to publish to, such as orders.new"),
+        ("publisher/publisher.py|a\x1b[2J\n", "argument subject: 'a\\x1b[2J\\n' is no subject to publish to, such as orders.new"),
+        ("publisher/publisher.py|orders.new|--count|0", "argument --count: '0' is no whole number of 1 or more"),
+        ("publisher/publisher.py|orders.new|--count|1.5", "argument --count: '1.5' is no whole number of 1 or more"),
+        ("publisher/publisher.py|orders.new|--count|many", "argument --count: 'many' is no whole number of 1 or more"),
+        ("publisher/publisher.py|orders.new|--interval|-1", "argument --interval: '-1' is no number of 0 or more"),
+        ("publisher/publisher.py|orders.new|--interval|nan", "argument --interval: 'nan' is no number of 0 or more"),
+        ("consumer/consumer.py", "the following arguments are required: stream, subject_filter"),
+        ("consumer/consumer.py|orders_stream", "the following arguments are required: subject_filter"),
+        ("consumer/consumer.py|a.b|orders.*", "argument stream: 'a.b' is no name of a stream"),
+        ("consumer/consumer.py|orders_stream|", "argument subject_filter: '' is no subject filter, such as orders.*"),
+        ("consumer/consumer.py|orders_stream|orders.>.x", "argument subject_filter: 'orders.>.x' is no subject filter, such as orders.*"),
+        ("consumer/consumer.py|orders_stream|orders.*|--concurrency|0", "argument --concurrency: '0' is no whole number from 1 to 500"),
+        ("consumer/consumer.py|orders_stream|orders.*|--failure-rate|1.1", "argument --failure-rate: '1.1' is no number from 0 to 1"),
+        ("consumer/consumer.py|orders_stream|orders.*|--work-time|inf", "argument --work-time: 'inf' is no number of 0 or more"),
+        ("dlq/consumer.py", "the following arguments are required: dlq_stream, original_stream"),
+        ("dlq/consumer.py|orders_unprocessed|a b", "argument original_stream: 'a b' is no name of a stream"),
+    ],
+)  # fmt: skip
+async def test_wrong_usage(command: str, line: str) -> None:
+    async with started(sys.executable, *command.split("|"), NATS_URL="nats://127.0.0.1:1") as script:
+        assert await script.status() == 2
+    assert script.lines[0].startswith("usage: ")
+    assert script.lines[-1] == f"{Path(command.split('|')[0]).name}: error: {line}"
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        (
+            ("publisher/publisher.py", "payments.new"),
+            "no stream takes the subject payments.new (scripts/create_orders_stream.sh creates one for orders.*)",
+        ),
+        (
+            ("consumer/consumer.py", "payments", "orders.*"),
+            "there is no stream payments: create it with scripts/create_orders_stream.sh",
+        ),
+        (
+            ("consumer/consumer.py", "orders_stream", "payments.*"),
+            "orders_stream has no subject that payments.* matches: its subjects are orders.*",
+        ),
+        (
+            ("dlq/consumer.py", "dead_payments", "orders_stream"),
+            "there is no stream dead_payments: create it with scripts/create_orders_unprocessed.sh",
+        ),
+        (
+            ("dlq/consumer.py", "orders_unprocessed", "payments"),
+            "there is no stream payments: create it with scripts/create_orders_stream.sh",
+        ),
+    ],
+)
+async def test_what_is_not_there(server: Server, command: tuple[str, ...], line: str) -> None:
+    script = await server.run(*command)
+    assert (script.process.returncode, script.messages) == (1, [line])
+
+
+async def test_a_filter_that_overlaps_another_durables(server: Server, nc: Client) -> None:
+    other = {"durable_name": "other", "ack_policy": "explicit", "filter_subject": "orders.new"}
+    await request(
+        nc, "CONSUMER.CREATE.orders_stream.other.orders.new", {"stream_name": "orders_stream", "config": other}
+    )
+    script = await server.run(*CONSUMER)
+    assert (script.process.returncode, script.messages) == (
+        1,
+        [
+            "cannot create the durable processor on orders_stream: "
+            "filtered consumer not unique on workqueue stream (10100)"
+        ],
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "refusal", "stored"),
+    [
+        ({"max_msg_size": 60}, "message size exceeds maximum allowed (10054)", 0),
+        ({"max_bytes": 300, "discard": "new"}, "maximum bytes exceeded (10077)", 2),
+    ],
+)
+async def test_orders_that_the_stream_refuses(
+    bare_server: Server, nc: Client, config: dict[str, object], refusal: str, stored: int
+) -> None:
+    await request(nc, "STREAM.CREATE.s", {"name": "s", "subjects": ["orders.*"], "storage": "file", **config})
+    script = await bare_server.run(*PUBLISHER, "--count", "3", "--interval", "0")
+    assert script.process.returncode == 1
+    assert len(script.found(r"published order no\. \d")) == await messages(nc, "s") == stored
+    assert script.found(rf"order no\. (\d) is not published: {re.escape(refusal)}") == [
+        str(i) for i in range(stored, 3)
+    ]
+    assert script.messages[-1] == f"{3 - stored} of 3 orders are not published"
+
+
+@pytest.mark.parametrize("command", SCRIPTS)
+@pytest.mark.parametrize(
+    ("url", "line"),
+    [
+        ("nats://127.0.0.1:1", "cannot connect to nats://127.0.0.1:1: Connection refused"),
+        (
+            "nats://me:secret@127.0.0.1:1,127.0.0.1:2",
+            "cannot connect to nats://127.0.0.1:1, nats://127.0.0.1:2: Connection refused",
+        ),
+        ("nats://me:secret@a.invalid", "cannot connect to nats://a.invalid:4222: Name or service not known"),
+        ("nats://me:secret@127.0.0.1:port", URLS),
+        ("http://127.0.0.1:1", URLS),
+        ("nats://", URLS),
+        ("nats://me:12/secret@127.0.0.1:1", URLS),
+        ("nats://me:12#secret@127.0.0.1:1", URLS),
+        ("nats://me:12?secret@127.0.0.1:1", URLS),
+        ("nats://me:12,secret@127.0.0.1:1", URLS),
+    ],
+)
+async def test_no_server(command: tuple[str, ...], url: str, line: str) -> None:
+    async with asyncio.timeout(10), started(sys.executable, *command, NATS_URL=url) as script:
+        assert await script.status() == 1
+    assert script.messages == [line]
+
+
+async def test_servers_that_do_not_answer() -> None:
+    connections: list[asyncio.StreamWriter] = []
+    silent = await asyncio.start_server(lambda _, writer: connections.append(writer), "127.0.0.1", 0)
+    url = f"nats://127.0.0.1:{silent.sockets[0].getsockname()[1]}"
+    urls = [url] * 5  # together they would take longer than the first connect may
+    async with asyncio.timeout(12), started(sys.executable, *PUBLISHER, NATS_URL=",".join(urls)) as script:
+        assert await script.status() == 1
+    for connection in connections:
+        connection.transport.abort()
+    silent.close()
+    assert script.messages == [f"cannot connect to {', '.join(urls)}: no answer in time"]
+
+
+async def test_a_server_without_jetstream(tmp_path: Path) -> None:
+    async with serving(tmp_path, jetstream=False) as server:
+        for command in SCRIPTS:
+            script = await server.run(*command)
+            assert (script.process.returncode, script.messages) == (
+                1,
+                [f"{server.url} has no JetStream, or none for this account"],
+            )
+
+
+async def test_a_tls_url_and_a_server_without_tls(server: Server) -> None:
+    """What would go to the server in clear doesn't go there."""
+    url = f"tls://me:secret@127.0.0.1:{server.port}"
+    script = await server.run(*PUBLISHER, NATS_URL=url)
+    assert (script.process.returncode, script.messages) == (
+        1,
+        [f"cannot connect to tls://127.0.0.1:{server.port}: secure connection not available"],
+    )
+
+
+@pytest.fixture
+async def guarded(tmp_path: Path) -> AsyncIterator[Server]:
+    """A server in operator mode, as Synadia Cloud is; app.creds is a user's of it, and other.creds is not."""
+    async with serving(tmp_path, await operator_mode(tmp_path)) as server:
+        yield server
+
+
+async def test_credentials(guarded: Server, tmp_path: Path) -> None:
+    credentials = {"NATS_CREDENTIALS_FILE_PATH": str(tmp_path / "app.creds")}
+    await guarded.create_streams(**credentials)
+    script = await guarded.run(*PUBLISHER, "--count", "1", **credentials)
+    assert (script.process.returncode, script.messages) == (0, ["published order no. 0"])
+
+
+async def test_credentials_that_are_no_good(guarded: Server, tmp_path: Path) -> None:
+    good = (tmp_path / "app.creds").read_text()
+    (tmp_path / "no.jwt").write_text(good.replace("NATS USER JWT", "").replace("eyJ", "???"))
+    (tmp_path / "no.seed").write_text(good[: good.index("-----BEGIN USER NKEY")])
+    (tmp_path / "short.seed").write_text(re.sub(r"^SU\w{10}", "SU", good, flags=re.MULTILINE))
+    (tmp_path / "binary").write_bytes(b"\xff\xfe" * 1000)
+    for name, line in {
+        "missing": f"cannot read the credentials file {tmp_path}/missing: No such file or directory",
+        "no.jwt": f"{tmp_path}/no.jwt is not a credentials file: it needs a user JWT and its seed",
+        "no.seed": f"{tmp_path}/no.seed is not a credentials file: it needs a user JWT and its seed",
+        "short.seed": f"{tmp_path}/short.seed is not a credentials file: it needs a user JWT and its seed",
+        "binary": f"{tmp_path}/binary is not a credentials file: it needs a user JWT and its seed",
+        "other.creds": f"cannot connect to {guarded.url}: 'Authorization Violation'",
+    }.items():
+        script = await guarded.run(*PUBLISHER, NATS_CREDENTIALS_FILE_PATH=str(tmp_path / name))
+        assert (script.process.returncode, script.messages) == (1, [line])
+
+
+async def test_a_user_without_the_right_password(tmp_path: Path) -> None:
+    async with serving(tmp_path, 'authorization { user: me, password: "p@ss/w:rd" }') as server:
+        wrong = f"nats://me:secret@127.0.0.1:{server.port}"
+        script = await server.run(*CONSUMER, NATS_URL=wrong)
+        assert (script.process.returncode, script.messages) == (
+            1,
+            [f"cannot connect to {server.url}: 'Authorization Violation'"],
+        )
+        right = f"nats://me:p%40ss%2Fw%3Ard@127.0.0.1:{server.port}"
+        await server.create_streams(NATS_URL=right)
+        script = await server.run(*PUBLISHER, "--count", "1", NATS_URL=right)
+        assert (script.process.returncode, script.messages) == (0, ["published order no. 0"])
+
+
+async def test_tls_that_is_not_trusted(tmp_path: Path) -> None:
+    make = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost")
+    async with started(
+        *make, "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", tmp_path / "key", "-out", tmp_path / "cert"
+    ) as made:
+        assert await made.status() == 0
+    async with serving(tmp_path, f'tls {{ cert_file: "{tmp_path}/cert", key_file: "{tmp_path}/key" }}') as server:
+        url = f"tls://127.0.0.1:{server.port}"
+        script = await server.run(*PUBLISHER, NATS_URL=url)
+        assert script.process.returncode == 1
+        assert len(script.lines) == 1
+        assert "certificate verify failed" in script.lines[0]
+        trusted = {"NATS_URL": url, "SSL_CERT_FILE": str(tmp_path / "cert")}
+        await server.create_streams(**trusted)
+        script = await server.run(*PUBLISHER, "--count", "1", **trusted)
+        assert (script.process.returncode, script.messages) == (0, ["published order no. 0"])
+
+
+async def test_payloads_stay_one_harmless_line(server: Server, nc: Client) -> None:
+    payloads = {
+        b"two\nlines\r\n": r"two\nlines\r\n",
+        b"\x1b[31mred\x07": r"\x1b[31mred\x07",
+        b"\xff\xfe": r"\xff\xfe",
+        "caf\u00e9 \u202etxt".encode(): "caf\u00e9 \\u202etxt",
+        b"": "",
+        b"x" * 1_000_000: "x" * 200 + r"\.\.\. \(1000000 in all\)",
+    }
+    escaped = [text if text.startswith("x") else re.escape(text) for text in payloads.values()]
+    await publish(nc, *payloads)
+    async with server.script(*CONSUMER, "--failure-rate", "0") as consumer:
+        for line in escaped:
+            await consumer.line(f"received {line} from stream sequence # .*")
+        await emptied(nc, "orders_stream")
+        assert len(consumer.lines) == len(payloads)
+    await publish(nc, *payloads)
+    async with server.script(*CONSUMER, "--failure-rate", "1") as consumer, server.script(*DLQ) as dlq:
+        for line in escaped:
+            await dlq.line(f"reprocessing order {line}")
+            assert consumer.found(f"{line} will be processed via DLQ")
+        assert len(dlq.lines) == len(payloads)
+        assert len(consumer.lines) == 3 * len(payloads)

@@ -1,0 +1,414 @@
+"""Where the port does better than the article's code: each of the seven points, on real faults."""
+
+import asyncio
+import json
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nats.aio.client import Client
+
+from jobqueue.connection import connect
+from tests.harness import (
+    ADVISORIES,
+    CONSUMER,
+    DLQ,
+    PUBLISHER,
+    Server,
+    dead_letters,
+    durable_info,
+    emptied,
+    messages,
+    publish,
+    request,
+    serving,
+    with_body,
+)
+from tests.proxy import proxied
+
+NO_FAILURES = ("--failure-rate", "0")
+
+
+def advisory(**fields: Any) -> bytes:
+    good = {"stream": "orders_stream", "consumer": "processor", "stream_seq": 1, "deliveries": 2}
+    return json.dumps(good | fields).encode()
+
+
+MALFORMED = [
+    b"",
+    b"not JSON",
+    b"[]",
+    b"17",
+    b'{"stream_seq": 1}',
+    b"\xff\xfe\x00",
+    b"[" * 100_000,
+    advisory(stream_seq="1"),
+    advisory(stream_seq=True),
+    advisory(stream_seq=1.5),
+    advisory(stream_seq=0),
+    advisory(stream_seq=-1),
+    advisory(stream_seq=2**64),
+    b'{"stream_seq": ' + b"9" * 5000 + b"}",
+    advisory(deliveries=None),
+    advisory(stream="another_stream"),
+    advisory(stream=["orders_stream"]),
+    advisory(consumer="a.b"),
+    advisory(consumer=">"),
+    advisory(consumer="processor\r\nPUB orders.new 1\r\nx"),
+    advisory(consumer="x" * 10_000),
+    advisory(consumer=None),
+    b'"\x1b[2J"',
+]
+
+
+# 1. The DLQ processor lives on.
+
+
+async def test_the_dlq_survives_what_is_no_advisory(server: Server, nc: Client) -> None:
+    for payload in MALFORMED:
+        await publish(nc, payload, subject=f"{ADVISORIES}.processor")
+    await dead_letters(nc, b"order-0")
+    async with server.script(*DLQ) as dlq:
+        await dlq.line("reprocessing order order-0")
+        await emptied(nc, "orders_unprocessed", "orders_stream")
+        assert len(dlq.found("deleted, for it is no advisory of orders_stream: .*")) == len(MALFORMED)
+        assert all(line.isprintable() and len(line) < 400 for line in dlq.lines)
+        assert len(dlq.lines) == len(MALFORMED) + 1
+        assert await dlq.stop() == 0
+
+
+async def test_the_dlq_works_longer_than_half_a_minute(server: Server, nc: Client) -> None:
+    async with server.script(*DLQ) as dlq:
+        await durable_info(nc, "orders_unprocessed", "unprocessed_order_handler")
+        await asyncio.sleep(31)  # the article's processor dies 30 s after its start
+        await dead_letters(nc, b"order-0")
+        await dlq.line("reprocessing order order-0")
+
+
+async def test_an_advisory_whose_order_is_gone_is_done_with(server: Server, nc: Client) -> None:
+    await dead_letters(nc, b"order-0", b"order-1")
+    await request(nc, "STREAM.PURGE.orders_stream", {"seq": 2})
+    async with server.script(*DLQ) as dlq:
+        await dlq.line("nothing to reprocess: stream sequence # 1 in orders_stream is gone")
+        await dlq.line("reprocessing order order-1")
+        await emptied(nc, "orders_unprocessed", "orders_stream")
+
+
+async def test_an_advisory_about_an_order_that_was_never_delivered_settles_nothing(server: Server, nc: Client) -> None:
+    await dead_letters(nc, b"order-0")
+    await publish(nc, b"order-1")
+    await publish(nc, advisory(stream_seq=2), subject=f"{ADVISORIES}.processor")
+    async with server.script(*DLQ) as dlq:
+        await dlq.line("reprocessing order order-0")
+        await emptied(nc, "orders_unprocessed")
+        assert dlq.found("nothing to reprocess: stream sequence # 2 in orders_stream will be delivered again: .*")
+    assert await messages(nc, "orders_stream") == 1
+
+
+async def test_an_advisory_from_before_the_stream_was_created_again_settles_nothing(server: Server, nc: Client) -> None:
+    await dead_letters(nc, b"order-0")
+    await request(nc, "STREAM.DELETE.orders_stream")
+    await server.create_streams()
+    await publish(nc, b"live")
+    async with server.script(*CONSUMER, *NO_FAILURES, "--work-time", "60") as consumer:
+        await consumer.line("received live .*")  # delivered, so that only its age tells it from the dead one
+        async with server.script(*DLQ) as dlq:
+            await dlq.line("nothing to reprocess: .* is a later message: the stream was created again")
+            await emptied(nc, "orders_unprocessed")
+    assert await messages(nc, "orders_stream") == 1
+
+
+async def test_a_passing_fault_burns_no_delivery_of_an_advisory(server: Server, nc: Client) -> None:
+    """The stream of the orders is away for longer than both deliveries of an advisory take."""
+    await dead_letters(nc, b"order-0")
+    config = (await request(nc, "STREAM.INFO.orders_stream"))["config"]
+    async with server.script(*DLQ) as dlq:
+        await dlq.line("reprocessing order order-0")
+        await emptied(nc, "orders_unprocessed")
+        await request(nc, "STREAM.DELETE.orders_stream")
+        await publish(nc, advisory(), subject=f"{ADVISORIES}.processor")
+        await dlq.line("dead letter # 1 in orders_stream: stream not found .*")
+        await asyncio.sleep(11)
+        info = await durable_info(nc, "orders_unprocessed", "unprocessed_order_handler")
+        assert (info["num_ack_pending"], info["num_redelivered"]) == (1, 0)
+        await request(nc, "STREAM.CREATE.orders_stream", config)
+        await emptied(nc, "orders_unprocessed")
+
+
+# 2. A dead order leaves the stream.
+
+
+async def test_a_reprocessed_order_leaves_the_stream(server: Server, nc: Client) -> None:
+    await dead_letters(nc, *(b"order-%d" % i for i in range(50)))
+    assert await messages(nc, "orders_stream") == 50
+    async with server.script(*DLQ) as dlq:
+        await emptied(nc, "orders_stream", "orders_unprocessed")
+        assert Counter(dlq.found("reprocessing order (.*)")) == Counter(f"order-{i}" for i in range(50))
+
+
+# 3. Work that takes longer than the ack wait is done once.
+
+
+async def test_orders_that_wait_are_neither_delivered_twice_nor_dead(server: Server, nc: Client) -> None:
+    await publish(nc, *(b"order-%d" % i for i in range(600)))
+    async with server.script(*CONSUMER, *NO_FAILURES, "--work-time", "0.1", "--concurrency", "3") as consumer:
+        await consumer.line("received .*", 100)
+        # What is worked on, and one order more.
+        assert (await durable_info(nc, "orders_stream", "processor"))["num_ack_pending"] <= 4
+        await emptied(nc, "orders_stream")
+        received = consumer.found("received (.*) from .*")
+    assert Counter(received) == Counter(f"order-{i}" for i in range(600))
+    info = await durable_info(nc, "orders_stream", "processor")
+    assert info["delivered"]["consumer_seq"] == 600
+    assert await messages(nc, "orders_unprocessed") == 0
+
+
+async def test_an_order_that_takes_longer_than_the_ack_wait_is_done_once(server: Server, nc: Client) -> None:
+    await publish(nc, b"order-0", b"order-1")
+    async with server.script(*CONSUMER, *NO_FAILURES, "--work-time", "12") as one:
+        await one.line("received order-0 .*")
+        async with server.script(*CONSUMER, *NO_FAILURES) as two:
+            await emptied(nc, "orders_stream")
+            assert one.found("received (.*) from .*") == ["order-0", "order-1"]
+            assert not two.lines
+    assert (await durable_info(nc, "orders_stream", "processor"))["delivered"]["consumer_seq"] == 2
+
+
+# 4. The publisher is honest, and stores nothing twice.
+
+
+async def test_a_publish_whose_ack_is_lost_is_stored_once(server: Server, nc: Client) -> None:
+    async with proxied(server.port) as proxy:
+        proxy.swallow_first(b'"seq":')
+        publisher = await server.run(*PUBLISHER, "--count", "2", "--interval", "0", NATS_URL=proxy.url)
+    assert publisher.process.returncode == 0
+    assert publisher.messages == [
+        "connection lost; reconnecting",
+        "connected again",
+        "order no. 0 is not published yet: no answer in time; trying again",
+        "published order no. 0",
+        "published order no. 1",
+    ]
+    assert await messages(nc, "orders_stream") == 2
+
+
+async def test_an_order_that_is_not_stored_is_counted(server: Server, nc: Client) -> None:
+    await request(nc, "STREAM.DELETE.orders_stream")
+    await request(
+        nc, "STREAM.CREATE.small", {"name": "small", "subjects": ["orders.*"], "max_msgs": 3, "discard": "new"}
+    )
+    publisher = await server.run(*PUBLISHER, "--count", "4", "--interval", "0")
+    assert publisher.process.returncode == 1
+    assert publisher.found(r"published order no\. (\d)") == ["0", "1", "2"]
+    assert publisher.messages[-1] == "1 of 4 orders are not published"
+
+
+async def test_a_stream_that_is_away_for_a_while_is_waited_for(server: Server, nc: Client) -> None:
+    async with server.script(*PUBLISHER, "--count", "3", "--interval", "0.5") as publisher:
+        await publisher.line("published order no. 0")
+        await request(nc, "STREAM.DELETE.orders_stream")
+        await publisher.line(r"order no. \d is not published yet: no response from stream; trying again")
+        await asyncio.sleep(6)
+        await server.create_streams()
+        assert await publisher.status() == 0
+        assert len(publisher.found("published order no. .*")) == 3
+
+
+# 5. A stop loses nothing.
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+async def test_a_stop_under_load_finishes_what_is_held(server: Server, nc: Client, signum: int) -> None:
+    await publish(nc, *(b"order-%d" % i for i in range(2000)))
+    consumer = (*CONSUMER, *NO_FAILURES, "--work-time", "0.02", "--concurrency", "20")
+    async with server.script(*consumer) as running:
+        await running.line("received .*", 200)
+        assert await running.stop(signum) == 0
+        received = len(running.found("received .*"))
+        assert running.messages[-1] == f"stopped: {received} orders processed, 0 deliveries failed"
+    info = await durable_info(nc, "orders_stream", "processor")
+    assert await messages(nc, "orders_stream") == 2000 - received
+    assert (info["num_ack_pending"], info["delivered"]["consumer_seq"]) == (0, received)
+
+
+async def test_orders_that_come_while_a_stop_waits_are_finished_too(server: Server, nc: Client) -> None:
+    """A pull request that the server has must not get an order that nobody works on."""
+    await publish(nc, b"long")
+    async with server.script(*CONSUMER, *NO_FAILURES, "--work-time", "5") as consumer:
+        await consumer.line("received long .*")
+        consumer.process.send_signal(signal.SIGTERM)
+        await asyncio.sleep(0.3)  # there may be an order at once, too, but that one isn't the trouble
+        for i in range(40):
+            await publish(nc, b"late-%d" % i)
+            await asyncio.sleep(0.1)
+        assert await consumer.status() == 0
+        received = len(consumer.found("received .*"))
+    info = await durable_info(nc, "orders_stream", "processor")
+    assert (info["num_ack_pending"], info["delivered"]["consumer_seq"]) == (0, received)
+
+
+async def test_a_second_signal_ends_it_at_once(server: Server, nc: Client) -> None:
+    await publish(nc, b"order-0")
+    async with server.script(*CONSUMER, *NO_FAILURES, "--work-time", "600") as consumer:
+        await consumer.line("received .*")
+        consumer.process.send_signal(signal.SIGTERM)
+        await consumer.line("SIGTERM: finishing what is held .*")
+        assert await consumer.stop(signal.SIGTERM) == -signal.SIGTERM
+
+
+# 6. Dead letters that nobody would hear of.
+
+
+async def test_the_consumer_warns_when_no_stream_keeps_the_advisories(bare_server: Server, nc: Client) -> None:
+    await bare_server.run("scripts/create_orders_stream.sh")
+    warning = "no stream keeps the advisories .*, until scripts/create_orders_unprocessed.sh creates one"
+    async with bare_server.script(*CONSUMER) as consumer:
+        await consumer.line(warning)
+        await consumer.stop()
+    await bare_server.create_streams()
+    await publish(nc, b"order-0")
+    async with bare_server.script(*CONSUMER, *NO_FAILURES) as consumer:
+        await consumer.line("received order-0 .*")
+        assert not consumer.found(warning)
+
+
+# 7 is the subject of test_bad_input.py; here is what happens when the connection goes later.
+
+
+async def test_a_lost_connection_is_waited_out(server: Server, nc: Client) -> None:
+    async with proxied(server.port) as proxy, server.script(*CONSUMER, *NO_FAILURES, NATS_URL=proxy.url) as consumer:
+        await publish(nc, b"order-0")
+        await consumer.line("received order-0 .*")
+        proxy.cut()
+        await consumer.line("connection lost; reconnecting")
+        await publish(nc, b"order-1")
+        proxy.mend()
+        await consumer.line("connected again")
+        await consumer.line("received order-1 .*")
+        await emptied(nc, "orders_stream")
+        assert len(consumer.lines) == 4
+        assert await consumer.stop() == 0
+    assert (await durable_info(nc, "orders_stream", "processor"))["delivered"]["consumer_seq"] == 2
+
+
+async def test_work_that_ends_without_a_connection_is_acknowledged_after_it(server: Server, nc: Client) -> None:
+    consumer = (*CONSUMER, *NO_FAILURES, "--work-time", "1")
+    async with proxied(server.port) as proxy, server.script(*consumer, NATS_URL=proxy.url) as running:
+        await publish(nc, b"order-0")
+        await running.line("received order-0 .*")
+        proxy.cut()
+        await running.line("connection lost; reconnecting")
+        await asyncio.sleep(2)
+        proxy.mend()
+        await emptied(nc, "orders_stream")
+    assert (await durable_info(nc, "orders_stream", "processor"))["delivered"]["consumer_seq"] == 1
+
+
+async def test_an_ack_that_was_lost_is_sent_again(server: Server, nc: Client) -> None:
+    async with proxied(server.port) as proxy, server.script(*CONSUMER, *NO_FAILURES, NATS_URL=proxy.url) as consumer:
+        await durable_info(nc, "orders_stream", "processor")
+        proxy.swallow_first(b"+NXT")
+        await publish(nc, b"order-0")
+        await consumer.line("connection lost; reconnecting")
+        await emptied(nc, "orders_stream")
+        assert consumer.found("received .*") == ["received order-0 from stream sequence # 1"]
+    assert (await durable_info(nc, "orders_stream", "processor"))["delivered"]["consumer_seq"] == 1
+
+
+async def test_a_durable_that_was_deleted_is_created_again(server: Server, nc: Client) -> None:
+    async with server.script(*CONSUMER, *NO_FAILURES) as consumer:
+        await durable_info(nc, "orders_stream", "processor")
+        await request(nc, "CONSUMER.DELETE.orders_stream.processor")
+        await publish(nc, b"order-0")
+        await consumer.line("received order-0 .*")
+        await consumer.line("orders_stream is back")
+        assert len(consumer.lines) == 3
+
+
+async def test_an_order_of_a_stream_that_was_deleted_acknowledges_nothing_in_its_successor(
+    server: Server, nc: Client, tmp_path: Path
+) -> None:
+    body = """if order.data == b"old":
+        await asyncio.sleep(5)
+    elif order.metadata.num_delivered == 1:
+        raise ValueError
+    log.info("done with %s", text(order.data))"""
+    script = with_body("consumer/consumer.py", "process", body, tmp_path)
+    await publish(nc, b"old")
+    async with server.script(script, *CONSUMER[1:], "--concurrency", "2") as consumer:
+        await durable_info(nc, "orders_stream", "processor")
+        await request(nc, "STREAM.DELETE.orders_stream")
+        await consumer.line("orders_stream: .*; trying again")
+        await server.create_streams()
+        await publish(nc, b"new")  # under the stream sequence of the old one
+        await consumer.line("error processing new: ValueError")
+        await consumer.line("done with old")
+        await consumer.line("done with new")
+        await emptied(nc, "orders_stream")
+
+
+async def test_orders_that_nats_py_cannot_read_hold_up_no_others(server: Server, nc: Client) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    await reader.readline()
+    writer.write(b'CONNECT {"verbose":false,"headers":true}\r\n')
+    writer.write(b"PUB orders.caf\xe9 4\r\nlame\r\n")
+    writer.write(b"HPUB orders.new 8 12\r\nNATS/1.0odd!\r\nHPUB orders.new 4 8\r\n\r\n\r\nodd?\r\nPING\r\n")
+    await reader.readline()
+    writer.close()
+    await publish(nc, *(b"order-%d" % i for i in range(20)))
+    async with server.script(*CONSUMER, *NO_FAILURES) as consumer:
+        await emptied(nc, "orders_stream")
+        assert (
+            len(consumer.lines) == (await durable_info(nc, "orders_stream", "processor"))["delivered"]["consumer_seq"]
+        )
+        assert len(consumer.lines) > 20
+        assert not consumer.found("connection lost.*")
+
+
+async def test_unsent_bytes_on_a_dead_connection_do_not_hold_up_the_reconnect(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with proxied(server.port) as proxy:
+        monkeypatch.setenv("NATS_URL", proxy.url)
+        async with connect("test") as client:
+            proxy.stall()
+            for _ in range(20):
+                client._transport.write(b"PUB nowhere 1000000\r\n" + b"x" * 1_000_000 + b"\r\n")  # type: ignore[union-attr]
+            await client.force_reconnect()
+            async with asyncio.timeout(20):
+                while client.stats["reconnects"] != 1:
+                    await asyncio.sleep(0.05)
+
+
+async def test_credentials_that_stop_being_good_are_waited_out(tmp_path: Path) -> None:
+    async with serving(tmp_path, "authorization { token: first }") as server:
+        good = {"NATS_URL": f"nats://first@127.0.0.1:{server.port}"}
+        await server.create_streams(**good)
+        async with server.script(*CONSUMER, *NO_FAILURES, **good) as consumer:
+            while "consumer_orders_stream" not in await server.connection_names():
+                await asyncio.sleep(0.05)
+            server.configure("authorization { token: second }")
+            await consumer.line("the server refused: .*")
+            server.configure("authorization { token: first }")
+            await consumer.line("connected again")
+            published = await server.run(*PUBLISHER, "--count", "1", **good)
+            assert published.process.returncode == 0
+            await consumer.line("received order-0 .*")
+            assert await consumer.stop() == 0
+
+
+async def test_a_server_that_was_killed_is_waited_for(server: Server, nc: Client) -> None:
+    async with server.script(*CONSUMER, *NO_FAILURES) as consumer, server.script(*DLQ) as dlq:
+        await durable_info(nc, "orders_stream", "processor")
+        await durable_info(nc, "orders_unprocessed", "unprocessed_order_handler")
+        await server.restart(signal.SIGKILL)
+        await consumer.line("connected again")
+        await dlq.line("connected again")
+        async with server.client() as after:
+            await publish(after, b"order-0")
+            await consumer.line("received order-0 .*")
+            await consumer.stop()
+            await dead_letters(after, b"dead")
+        await dlq.line("reprocessing order dead")

@@ -1,0 +1,99 @@
+"""The set-up, the demo, and what the README says of all the scripts."""
+
+import asyncio
+import re
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.harness import ROOT, started
+
+
+def left_behind(directory: Path) -> list[str]:
+    """Return the processes that had this directory for their temporary files."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("TMPDIR") == str(directory):
+                found.append(" ".join(process.cmdline()))
+        except psutil.Error:
+            continue
+    return found
+
+
+async def test_the_demo_accounts_for_every_order(tmp_path: Path) -> None:
+    async with started(sys.executable, "scripts/demo.py", TMPDIR=str(tmp_path)) as demo:
+        assert await demo.status() == 0
+    tally = {
+        what: int(count) for what, count in re.findall(r"demo \| ([a-z_ 12-]+?) +(\d+)$", "\n".join(demo.lines), re.M)
+    }
+    received = tally["received by consumer 1"] + tally["received by consumer 2"]
+    assert tally["published"] == 20 == received + tally["reprocessed"]
+    assert tally["dead-lettered"] == tally["reprocessed"]
+    assert tally["left in orders_stream"] == tally["left in orders_unprocessed"] == 0
+    assert all(" | " in line for line in demo.lines)
+    assert not list(tmp_path.iterdir())
+    assert not left_behind(tmp_path)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+async def test_an_interrupted_demo_leaves_nothing_behind(tmp_path: Path, signum: int) -> None:
+    async with started(sys.executable, "scripts/demo.py", TMPDIR=str(tmp_path)) as demo:
+        await demo.line(r" *publisher \| .* published order no. 1")
+        assert len(left_behind(tmp_path)) == 6
+        assert await demo.stop(signum) == 130
+    assert not [line for line in demo.lines if "Traceback" in line]
+    assert not list(tmp_path.iterdir())
+    assert not left_behind(tmp_path)
+
+
+async def test_the_setup_says_when_python_is_too_old(tmp_path: Path) -> None:
+    (tmp_path / "scripts").mkdir()
+    setup = shutil.copy(ROOT / "scripts" / "setup.sh", tmp_path / "scripts")
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2\nexit 1\n')
+    python.chmod(0o755)
+    async with started("bash", setup, PYTHON=str(python)) as script:
+        assert await script.status() == 1
+    assert script.lines == [f"Python 3.11 or later is needed, and {python} is Python 3.9.2"]
+
+
+@pytest.mark.parametrize("script", ["publisher/publisher.py", "consumer/consumer.py", "dlq/consumer.py"])
+async def test_every_script_has_help(script: str) -> None:
+    async with started(sys.executable, script, "--help") as running:
+        assert await running.status() == 0
+    assert running.lines[0].startswith("usage: ")
+
+
+async def test_the_readme_names_what_is_there() -> None:
+    readme = re.sub(r"https://[^)\s]+", "", (ROOT / "README.md").read_text())
+    named = set(re.findall(r"[\w./]*\b\w+/[\w/]+\.(?:py|sh)\b", readme))
+    assert {"publisher/publisher.py", "consumer/consumer.py", "dlq/consumer.py", "./scripts/demo.sh"} <= named
+    assert not [path for path in named if not (ROOT / path).is_file()]
+
+
+async def test_the_readme_explains_every_flag_of_the_streams() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for script in ("create_orders_stream.sh", "create_orders_unprocessed.sh"):
+        flags = re.findall(r"^    (--[\w-]+)", (ROOT / "scripts" / script).read_text(), re.MULTILINE)
+        assert len(flags) == 14
+        assert not [flag for flag in flags if f"| `{flag}" not in readme]
+
+
+async def test_a_script_in_a_terminal_ends_by_ctrl_c_while_it_connects() -> None:
+    """No KeyboardInterrupt's traceback before the handlers are in place."""
+    connections: list[asyncio.StreamWriter] = []
+    silent = await asyncio.start_server(lambda _, writer: connections.append(writer), "127.0.0.1", 0)
+    url = f"nats://127.0.0.1:{silent.sockets[0].getsockname()[1]}"
+    async with started(sys.executable, "publisher/publisher.py", "orders.new", NATS_URL=url) as script:
+        async with asyncio.timeout(30):
+            while not connections:
+                await asyncio.sleep(0.02)
+        assert await script.stop(signal.SIGINT) == -signal.SIGINT
+    assert not script.lines
+    connections[0].transport.abort()
+    silent.close()

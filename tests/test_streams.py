@@ -1,0 +1,182 @@
+"""The streams and the durables are the article's."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nats.aio.client import Client
+
+from tests.harness import CONSUMER, DLQ, PUBLISHER, ROOT, Server, durable_info, request
+
+ARTICLE = {
+    "subjects": ["orders.*"],
+    "retention": "workqueue",
+    "max_consumers": -1,
+    "max_msgs": -1,
+    "max_msgs_per_subject": -1,
+    "max_bytes": 256 * 1024 * 1024,
+    "max_age": 0,
+    "max_msg_size": 1024 * 1024,
+    "storage": "file",
+    "discard": "new",
+    "num_replicas": 1,
+    "duplicate_window": 120 * 10**9,
+    "sealed": False,
+    "deny_delete": True,
+    "deny_purge": False,
+    "allow_rollup_hdrs": False,
+    "allow_direct": True,
+    "mirror_direct": False,
+}
+SERVERS_OWN = {"name", "metadata", "compression", "consumer_limits", "persist_mode"}
+
+
+@pytest.mark.parametrize(
+    ("stream", "config"),
+    [
+        ("orders_stream", ARTICLE),
+        (
+            "orders_unprocessed",
+            ARTICLE
+            | {
+                "subjects": ["$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.orders_stream.*"],
+                "max_msg_size": -1,
+            },
+        ),
+    ],
+)
+async def test_a_stream_has_the_articles_configuration(
+    server: Server, nc: Client, stream: str, config: dict[str, Any]
+) -> None:
+    found = (await request(nc, f"STREAM.INFO.{stream}"))["config"]
+    # A newer server has more to say, but nothing of that may be switched on.
+    assert {key: value for key, value in found.items() if key in config or value} == config | {
+        key: found[key] for key in SERVERS_OWN if found.get(key)
+    }
+
+
+@pytest.mark.parametrize(
+    ("script", "stream", "config"),
+    [
+        (
+            CONSUMER,
+            "orders_stream",
+            {
+                "name": "processor",
+                "durable_name": "processor",
+                "description": "Orders processor",
+                "filter_subject": "orders.*",
+            },
+        ),
+        (
+            DLQ,
+            "orders_unprocessed",
+            {
+                "name": "unprocessed_order_handler",
+                "durable_name": "unprocessed_order_handler",
+                "description": "handle unprocessed jobs",
+            },
+        ),
+    ],
+)
+async def test_a_durable_has_the_articles_configuration(
+    server: Server, nc: Client, script: tuple[str, ...], stream: str, config: dict[str, Any]
+) -> None:
+    async with server.script(*script) as running:
+        found = (await durable_info(nc, stream, config["name"]))["config"]
+        assert await running.stop() == 0
+    found.pop("metadata", None)
+    found.pop("pause_until", None)
+    assert found == config | {
+        "ack_policy": "explicit",
+        "ack_wait": 5 * 10**9,
+        "backoff": [5 * 10**9],
+        "max_deliver": 2,
+        "deliver_policy": "all",
+        "replay_policy": "instant",
+        "max_ack_pending": 1000,
+        "max_waiting": 512,
+        "num_replicas": 0,
+    }
+
+
+SCRIPTS = ["scripts/create_orders_stream.sh", "scripts/create_orders_unprocessed.sh"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+async def test_a_stream_script_may_be_run_again(server: Server, script: str) -> None:
+    again = await server.run(script)
+    assert again.process.returncode == 0
+
+
+async def test_a_stream_with_another_configuration_is_left_as_it_is(bare_server: Server, nc: Client) -> None:
+    await request(
+        nc,
+        "STREAM.CREATE.orders_stream",
+        {"name": "orders_stream", "subjects": ["orders.*"], "retention": "workqueue", "max_bytes": 1024},
+    )
+    before = (await request(nc, "STREAM.INFO.orders_stream"))["config"]
+    script = await bare_server.run("scripts/create_orders_stream.sh")
+    assert script.process.returncode == 1
+    assert script.lines == [
+        "orders_stream is there with another configuration, and was not changed: max_bytes is 1024 instead of"
+        " 268435456; max_msg_size is -1 instead of 1048576; discard is"
+        ' "old" instead of "new"; deny_delete is false instead of true; allow_direct is false instead of true'
+    ]
+    assert (await request(nc, "STREAM.INFO.orders_stream"))["config"] == before
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+async def test_replicas_are_what_the_variable_says(bare_server: Server, script: str) -> None:
+    three = await bare_server.run(script, REPLICAS="3")
+    assert three.process.returncode == 1
+    assert three.lines[0].endswith("was not created: replicas > 1 not supported in non-clustered mode (10074)")
+    many = await bare_server.run(script, REPLICAS="many")
+    assert (many.process.returncode, many.lines) == (2, ["REPLICAS must be a number from 1 to 5"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+async def test_a_stream_script_without_natscli_says_how_to_get_it(
+    bare_server: Server, tmp_path: Path, script: str
+) -> None:
+    # The script as it is, where no .venv is beside it and no nats is on the PATH.
+    (tmp_path / "scripts").mkdir()
+    for file in ("natscli.sh", Path(script).name):
+        shutil.copy(ROOT / "scripts" / file, tmp_path / "scripts")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("bash", "dirname"):
+        (tools / tool).symlink_to(str(shutil.which(tool)))
+    missing = await bare_server.run(tmp_path / script, PATH=str(tools))
+    assert missing.process.returncode == 1
+    assert missing.lines == [
+        "natscli (the command nats) is missing: run scripts/setup.sh, or see https://github.com/nats-io/natscli"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("url", "line"),
+    [
+        ("nats://me:secret@127.0.0.1:1", "no servers available for connection"),
+        ("nats://me:secret@127.0.0.1:port", "NATS_URL must be URLs such as nats://localhost:4222, with commas"),
+    ],
+)
+async def test_a_stream_script_tells_no_password(bare_server: Server, url: str, line: str) -> None:
+    script = await bare_server.run(SCRIPTS[0], NATS_URL=url)
+    assert script.process.returncode == 1
+    assert len(script.lines) == 1
+    assert line in script.lines[0]
+    assert "secret" not in script.lines[0]
+
+
+async def test_the_stream_scripts_go_where_the_python_scripts_go(bare_server: Server, tmp_path: Path) -> None:
+    """Whatever context is selected, and whatever natscli's other variables say."""
+    home = {"HOME": str(tmp_path / "home"), "XDG_CONFIG_HOME": str(tmp_path / "home")}
+    elsewhere = "nats://127.0.0.1:1"
+    saved = await bare_server.run("nats", "context", "save", "elsewhere", "--server", elsewhere, "--select", **home)
+    assert saved.process.returncode == 0
+    others = {"NATS_CONTEXT": "elsewhere", "NATS_USER": "somebody", "NATS_CREDS": "/nowhere"}
+    await bare_server.create_streams(**home, **others)
+    published = await bare_server.run(*PUBLISHER, "--count", "1", **home, **others)
+    assert published.process.returncode == 0
