@@ -33,6 +33,7 @@ LEAVE = b""  # no answer at all: the ack wait brings the message back
 
 EXPIRES = 2.0  # seconds that a pull request waits at the server; a stop waits for that, so it isn't more
 LATE = 2.0  # seconds after that until its answer counts as lost: no pull request outlives the wait for it
+AT_START = 30.0  # seconds of asking for what a script needs before it can work
 CONFIRM = 30.0  # seconds of asking for the confirmation of one ack
 CONFIRM_AT_STOP = 10.0
 TICK = 0.1  # seconds between two looks at what is due
@@ -66,7 +67,7 @@ async def find_stream(nc: Client, stream: str, script: str) -> list[str]:
 
     """
     try:
-        info = await nc.jetstream().stream_info(stream)
+        info = await retry(lambda: nc.jetstream().stream_info(stream), stream, _at_start())
     except NotFoundError:
         raise Failure(f"there is no stream {stream}: create it with {script}") from None
     return info.config.subjects or []
@@ -126,6 +127,11 @@ async def retry(call: Callable[[], Awaitable[T]], what: str, give_up: Callable[[
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
+def _at_start() -> Callable[[Exception], bool]:
+    deadline = asyncio.get_running_loop().time() + AT_START
+    return lambda fault: isinstance(fault, NotFoundError) or asyncio.get_running_loop().time() > deadline
+
+
 class Worker:
     """A process's share of the work on one durable consumer.
 
@@ -174,11 +180,12 @@ class Worker:
             Failure: the durable cannot be created.
 
         """
+        durable = f"the durable {self._config.durable_name} on {self._stream}"
+        at_start = _at_start()
         try:
-            ack_wait = await self._create_durable()
-        except Error as error:
-            durable = self._config.durable_name
-            raise Failure(f"cannot create the durable {durable} on {self._stream}: {reason(error)}") from None
+            ack_wait = await retry(self._create_durable, durable, lambda fault: self._stop.is_set() or at_start(fault))
+        except (Error, TimeoutError) as error:
+            raise Failure(f"cannot create {durable}: {reason(error)}") from None
         tally: Counter[bytes] = Counter()
         async with asyncio.TaskGroup() as tasks:
             ticking = tasks.create_task(self._tick(ack_wait / 3))

@@ -382,20 +382,31 @@ async def test_unsent_bytes_on_a_dead_connection_do_not_hold_up_the_reconnect(
                     await asyncio.sleep(0.05)
 
 
+@pytest.mark.parametrize("lost", [b"STREAM.INFO.orders_stream", b".STREAM.NAMES", b"CONSUMER.CREATE."])
+async def test_a_connection_that_is_lost_at_the_start_is_waited_out(server: Server, nc: Client, lost: bytes) -> None:
+    async with proxied(server.port) as proxy:
+        proxy.swallow_first(lost)
+        async with server.script(*CONSUMER, *NO_FAILURES, NATS_URL=proxy.url) as consumer:
+            await consumer.line("connected again")
+            await publish(nc, b"order-0")
+            await consumer.line("received order-0 .*")
+            assert await consumer.stop() == 0
+
+
 async def test_credentials_that_stop_being_good_are_waited_out(tmp_path: Path) -> None:
     async with serving(tmp_path, "authorization { token: first }") as server:
         good = {"NATS_URL": f"nats://first@127.0.0.1:{server.port}"}
         await server.create_streams(**good)
         async with server.script(*CONSUMER, *NO_FAILURES, **good) as consumer:
-            while "consumer_orders_stream" not in await server.connection_names():
-                await asyncio.sleep(0.05)
+            for _ in range(2):
+                assert (await server.run(*PUBLISHER, "--count", "1", **good)).process.returncode == 0
+            await consumer.line("received order-0 .*", 2)
             server.configure("authorization { token: second }")
             await consumer.line("the server refused: .*")
             server.configure("authorization { token: first }")
             await consumer.line("connected again")
-            published = await server.run(*PUBLISHER, "--count", "1", **good)
-            assert published.process.returncode == 0
-            await consumer.line("received order-0 .*")
+            assert (await server.run(*PUBLISHER, "--count", "1", **good)).process.returncode == 0
+            await consumer.line("received order-0 .*", 3)
             assert await consumer.stop() == 0
 
 
