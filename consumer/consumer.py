@@ -17,6 +17,7 @@ from nats.js.api import AckPolicy, ConsumerConfig
 from nats.js.errors import NotFoundError
 
 from jobqueue.connection import connect
+from jobqueue.dead_letters import ADVISORY
 from jobqueue.script import Failure, name, number, reason, start, stop_on_signal, subject_filter, text, whole
 from jobqueue.worker import ACK, LEAVE, Worker, attempt, find_stream, overlap
 
@@ -25,7 +26,6 @@ log = logging.getLogger("consumer")
 DURABLE = "processor"
 BACKOFF = [5.0]  # seconds until an order that was not acknowledged comes again
 MAX_DELIVER = 2  # after so many deliveries without an ack the order is a dead letter
-ADVISORY = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES"
 
 options = argparse.Namespace()
 
@@ -42,6 +42,7 @@ def parse_args() -> None:
     parser.add_argument("--concurrency", type=whole(1, 500), default=1, help="how many orders at a time (default: 1)")
     parser.add_argument("--failure-rate", type=number(0, 1), default=0.5, help="how many of them fail (default: 0.5)")
     parser.add_argument("--work-time", type=number(0), default=0.01, help="seconds that an order takes (default: 0.01)")
+    parser.add_argument("--time-limit", type=number(0.1), default=600, help="seconds for an order (default: 600)")
     parser.parse_args(namespace=options)
 
 
@@ -61,7 +62,7 @@ async def process(order: Msg) -> None:
 
 async def handle(order: Msg) -> bytes:
     """Process one order and return how to acknowledge it: a failed one not at all, so that it comes again."""
-    error = await attempt(process(order))
+    error = await attempt(process(order), options.time_limit)
     if error is None:
         return ACK
     why = "" if isinstance(error, SimulatedError) else f": {reason(error)}"

@@ -16,7 +16,7 @@ from nats.js.api import AckPolicy, ConsumerConfig
 
 from jobqueue import dead_letters
 from jobqueue.connection import connect
-from jobqueue.script import name, reason, start, stop_on_signal, text
+from jobqueue.script import name, number, reason, start, stop_on_signal, text
 from jobqueue.worker import ACK, LEAVE, TERM, Worker, attempt, find_stream, retry
 
 log = logging.getLogger("dlq")
@@ -31,6 +31,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Process the dead letters of a JetStream work queue.")
     parser.add_argument("dlq_stream", type=name, help="where the advisories are, such as orders_unprocessed")
     parser.add_argument("original_stream", type=name, help="where the orders are, such as orders_stream")
+    parser.add_argument("--time-limit", type=number(0.1), default=600, help="seconds for an order (default: 600)")
     return parser.parse_args()
 
 
@@ -44,8 +45,9 @@ async def reprocess(order: Msg) -> None:
     """
 
 
-async def handle(nc: Client, stream: str, stop: asyncio.Event, advisory: Msg) -> bytes:
+async def handle(nc: Client, options: argparse.Namespace, stop: asyncio.Event, advisory: Msg) -> bytes:
     """Process the order that an advisory is about and return how to acknowledge the advisory."""
+    stream = options.original_stream
     try:
         dead = dead_letters.parse(advisory.data, stream)
     except ValueError:
@@ -58,11 +60,11 @@ async def handle(nc: Client, stream: str, stop: asyncio.Event, advisory: Msg) ->
     if order is None:
         return ACK
     log.info("reprocessing order %s", text(order.data))
-    error = await attempt(reprocess(order))
+    error = await attempt(reprocess(order), options.time_limit)
     if error:
         log.error("error reprocessing order %s: %s", text(order.data), reason(error))
         if advisory.metadata.num_delivered >= MAX_DELIVER:
-            log.error("%s stays in %s, and its advisory with it", text(order.data), stream)
+            log.error("%s stays in %s, and will be tried again in some minutes", text(order.data), stream)
         return LEAVE
     await wait_out(partial(dead_letters.settle, nc, order, dead, died))
     return ACK
@@ -83,8 +85,10 @@ async def run(options: argparse.Namespace) -> int:
         await find_stream(nc, dlq_stream, "scripts/create_orders_unprocessed.sh")
         await find_stream(nc, original_stream, "scripts/create_orders_stream.sh")
         with stop_on_signal() as stop:
-            work = partial(handle, nc, original_stream, stop)
+            reviving = asyncio.create_task(dead_letters.revive(nc, dlq_stream, original_stream, BACKOFF[0]))
+            work = partial(handle, nc, options, stop)
             tally = await Worker(nc, dlq_stream, config, work, 1, stop).run()
+            reviving.cancel()
     log.info(
         "stopped: %d dead letters done, %d attempts failed, %d advisories deleted",
         tally[ACK],

@@ -13,9 +13,9 @@ import asyncio
 import json
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
@@ -84,11 +84,16 @@ def overlap(one: str, other: str) -> bool:
     return len(tokens) == len(others)
 
 
-async def attempt(work: Awaitable[None]) -> BaseException | None:
+async def attempt(work: Coroutine[Any, Any, None], time_limit: float) -> BaseException | None:
     """Await a user's own work and return what it raised, whatever that is, or None.
 
     Even a SystemExit or a CancelledError is no more than failed work. So it has a task of its own, which it may
-    cancel; only the cancellation of the caller goes through.
+    cancel.
+
+    Args:
+        work: the user's coroutine.
+        time_limit: seconds after which it is cancelled and has failed. Heartbeats would keep it for ever.
+
     """
 
     async def outcome() -> BaseException | None:
@@ -98,11 +103,12 @@ async def attempt(work: Awaitable[None]) -> BaseException | None:
             return error
         return None
 
-    error = await asyncio.create_task(outcome())
-    caller = asyncio.current_task()
-    if caller and caller.cancelling():
-        raise asyncio.CancelledError
-    return error
+    task = asyncio.create_task(outcome())
+    await asyncio.wait([task], timeout=time_limit)
+    if task.done():
+        return task.result()
+    task.cancel()  # not awaited: work that ignores it would be kept for ever, too
+    return TimeoutError(f"not done within the time limit of {time_limit:g} s")
 
 
 async def retry(call: Callable[[], Awaitable[T]], what: str, give_up: Callable[[Exception], bool]) -> T:

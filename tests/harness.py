@@ -9,13 +9,14 @@ import signal
 import sys
 import urllib.request
 from asyncio.subprocess import PIPE, STDOUT, Process
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import nats
 from nats.aio.client import Client
+from nats.aio.subscription import Subscription
 from nats.js.api import AckPolicy, ConsumerConfig
 
 ROOT = Path(__file__).parent.parent
@@ -245,19 +246,42 @@ async def serving(directory: Path, config: str = "", jetstream: bool = True) -> 
         await server.stop()
 
 
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Wait until a condition holds."""
+    async with asyncio.timeout(PATIENCE):
+        while not await condition():
+            await asyncio.sleep(0.05)
+
+
+async def pull(nc: Client, stream: str, durable: str, batch: int) -> Subscription:
+    """Have messages delivered to a subscription that acknowledges none."""
+    inbox = nc.new_inbox()
+    subscription = await nc.subscribe(inbox)
+    request = json.dumps({"batch": batch, "expires": 30 * 10**9}).encode()
+    await nc.publish(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{durable}", request, reply=inbox)
+    return subscription
+
+
 async def durable_info(nc: Client, stream: str, durable: str) -> dict[str, Any]:
     """Wait until the durable is there and return what the server says of it."""
-    async with asyncio.timeout(PATIENCE):
-        while "error" in (info := await request(nc, f"CONSUMER.INFO.{stream}.{durable}")):
-            await asyncio.sleep(0.05)
+    info: dict[str, Any] = {}
+
+    async def is_there() -> bool:
+        nonlocal info
+        info = await request(nc, f"CONSUMER.INFO.{stream}.{durable}")
+        return "error" not in info
+
+    await until(is_there)
     return info
 
 
 async def emptied(nc: Client, *streams: str) -> None:
     """Wait until the streams are empty."""
-    async with asyncio.timeout(PATIENCE):
-        while any([await messages(nc, stream) for stream in streams]):
-            await asyncio.sleep(0.05)
+
+    async def are_empty() -> bool:
+        return not any([await messages(nc, stream) for stream in streams])
+
+    await until(are_empty)
 
 
 async def publish(nc: Client, *orders: bytes, subject: str = "orders.new", **headers: str) -> None:
@@ -282,13 +306,12 @@ async def dead_letters(nc: Client, *orders: bytes, durable: str = "processor", b
     )
     await js.add_consumer("orders_stream", config)
     # The server notices that an order is dead when it would deliver it to a pull request once more.
-    pull = json.dumps({"batch": 2 * len(orders) + 1, "expires": 30 * 10**9}).encode()
-    inbox = nc.new_inbox()
-    subscription = await nc.subscribe(inbox)
-    await nc.publish(f"$JS.API.CONSUMER.MSG.NEXT.orders_stream.{durable}", pull, reply=inbox)
-    async with asyncio.timeout(PATIENCE):
-        while (await state(nc, "orders_unprocessed"))["last_seq"] < before + len(orders):
-            await asyncio.sleep(0.05)
+    subscription = await pull(nc, "orders_stream", durable, 2 * len(orders) + 1)
+
+    async def are_dead() -> bool:
+        return (await state(nc, "orders_unprocessed"))["last_seq"] >= before + len(orders)
+
+    await until(are_dead)
     await subscription.unsubscribe()
 
 

@@ -97,6 +97,7 @@ async def test_a_publisher_stores_ids_that_differ_between_runs(server: Server, n
 @pytest.mark.parametrize(
     ("statement", "reason"),
     [
+        ("await asyncio.sleep(600)", r"TimeoutError: not done within the time limit of 0\.5 s"),
         ("raise ValueError('no such\\ncustomer')", r"ValueError: no such\\ncustomer"),
         ("raise TimeoutError", "no answer in time"),
         ("raise SystemExit(3)", "SystemExit: 3"),
@@ -111,25 +112,29 @@ async def test_work_that_raises_is_a_failed_order(
 ) -> None:
     await publish(nc, b"order-0")
     consumer = with_body("consumer/consumer.py", "process", statement, tmp_path)
-    async with server.script(consumer, *CONSUMER[1:]) as running:
+    async with server.script(consumer, *CONSUMER[1:], "--time-limit", "0.5") as running:
         await running.line("order-0 will be processed via DLQ")
         assert len(running.found(f"error processing order-0: {reason}")) == 2
         assert len(running.lines) == 3
         assert await running.stop() == 0
 
 
-async def test_a_dead_letter_whose_reprocessing_fails_stays(server: Server, nc: Client, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("statement", "reason"),
+    [
+        ("raise ValueError('no such customer')", "ValueError: no such customer"),
+        ("await asyncio.sleep(600)", "TimeoutError: not done within the time limit of 0.5 s"),
+    ],
+)
+async def test_a_dead_letter_whose_reprocessing_fails_stays(
+    server: Server, nc: Client, tmp_path: Path, statement: str, reason: str
+) -> None:
     await dead_letters(nc, b"order-0")
-    dlq = with_body("dlq/consumer.py", "reprocess", "raise ValueError('still no such customer')", tmp_path)
-    async with server.script(dlq, *DLQ[1:]) as running:
-        await running.line("order-0 stays in orders_stream, and its advisory with it")
+    dlq = with_body("dlq/consumer.py", "reprocess", statement, tmp_path)
+    async with server.script(dlq, *DLQ[1:], "--time-limit", "0.5") as running:
+        await running.line("order-0 stays in orders_stream, and will be tried again in some minutes")
         assert (
-            running.messages[:-1]
-            == [
-                "reprocessing order order-0",
-                "error reprocessing order order-0: ValueError: still no such customer",
-            ]
-            * 2
+            running.messages[:-1] == ["reprocessing order order-0", f"error reprocessing order order-0: {reason}"] * 2
         )
         assert await running.stop() == 0
     assert [await messages(nc, stream) for stream in ("orders_stream", "orders_unprocessed")] == [1, 1]
