@@ -37,7 +37,8 @@ AT_START = 30.0  # seconds of asking for what a script needs before it can work
 CONFIRM = 30.0  # seconds of asking for the confirmation of one ack
 CONFIRM_AT_STOP = 10.0
 TICK = 0.1  # seconds between two looks at what is due
-LONGEST_PAUSE = 2.0  # seconds between two attempts while something is wrong
+LONGEST_PAUSE = 2.0  # seconds between two pull requests while something is wrong
+LONGEST_RETRY_PAUSE = 0.5  # less: an ack must be there again before an order is sent again
 
 # What passes by itself: no answer, no leader, no connection.
 PASSING = (
@@ -130,7 +131,7 @@ async def retry(call: Callable[[], Awaitable[T]], what: str, give_up: Callable[[
             if what and pause == TICK:
                 log.warning("%s: %s; trying again", what, reason(fault))
         await asyncio.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE)
+        pause = min(2 * pause, LONGEST_RETRY_PAUSE)
 
 
 def _at_start() -> Callable[[Exception], bool]:
@@ -172,6 +173,7 @@ class Worker:
         self._held: dict[str, Msg] = {}  # by ack subject: what is worked on, or waits for a hand or a confirmation
         self._waiting: dict[Answers, float] = {}  # the slots that wait for an answer, and until when
         self._troubled: set[Answers] = set()  # the slots whose last answer was no good
+        self._replicated = False
         self._mending = asyncio.Lock()
         self._mended = 0.0  # when one of them last saw to the durable
         self._complaint = ""
@@ -220,7 +222,11 @@ class Worker:
             if acked and not answers.empty():  # a late answer to an earlier request confirms nothing
                 await self._confirm(acked, ACK)
                 acked = None
-            answer = await self._ask(inbox, acked, answers)
+            if acked and self._replicated:
+                _, answer = await asyncio.gather(self._confirm(acked, ACK), self._ask(inbox, None, answers))
+                acked = None
+            else:
+                answer = await self._ask(inbox, acked, answers)
             trouble = _trouble(answer)
             if trouble:
                 await self._recover(answers, trouble, pause)
@@ -355,6 +361,7 @@ class Worker:
     async def _create_durable(self) -> float:
         """Create or update the durable and return its shortest ack wait, in seconds."""
         info = await self._nc.jetstream().add_consumer(self._stream, self._config)
+        self._replicated = bool(info.cluster and info.cluster.replicas)
         config: ConsumerConfig = info.config
         return min(config.backoff or [config.ack_wait or 30.0])
 

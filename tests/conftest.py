@@ -1,5 +1,6 @@
-"""A server for each test."""
+"""A server for each test, and what the tests that break things take from the command line."""
 
+import random
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -7,6 +8,26 @@ import pytest
 from nats.aio.client import Client
 
 from tests.harness import Server, serving
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=random.randrange(10**6), help="of what is random; a failed test tells")
+    parser.addoption("--soak", type=int, default=1, help="how many times as many faults and orders")
+
+
+@pytest.fixture
+def chance(request: pytest.FixtureRequest) -> random.Random:
+    """What decides which process is hit, and when."""
+    seed = request.config.getoption("seed")
+    print(f"--seed {seed}")
+    return random.Random(seed)
+
+
+@pytest.fixture
+def soak(request: pytest.FixtureRequest) -> int:
+    """How many times as many faults and orders."""
+    times: int = request.config.getoption("soak")
+    return times
 
 
 @pytest.fixture

@@ -6,11 +6,12 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import urllib.request
 from asyncio.subprocess import PIPE, STDOUT, Process
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class Script:
     def __init__(self, process: Process) -> None:
         self.process = process
         self.lines: list[str] = []
+        self.times: list[float] = []  # when each line was read, by the loop's clock
         self._changed = asyncio.Condition()
         self._ended = False
         self._reading = asyncio.create_task(self._read())
@@ -51,6 +53,7 @@ class Script:
         async for line in self.process.stdout:
             async with self._changed:
                 self.lines.append(line.decode().rstrip("\n"))
+                self.times.append(asyncio.get_running_loop().time())
                 self._changed.notify_all()
         async with self._changed:
             self._ended = True
@@ -72,11 +75,15 @@ class Script:
         assert len(self.found(pattern)) >= count, f"no {pattern!r} in:\n" + "\n".join(self.lines)
         return self.found(pattern)[count - 1]
 
+    async def ended(self) -> int:
+        """Wait until the process has ended, however long that takes, and return its exit status."""
+        await self._reading
+        return await self.process.wait()
+
     async def status(self) -> int:
         """Wait until the process has ended and return its exit status."""
         async with asyncio.timeout(PATIENCE):
-            await self._reading
-            return await self.process.wait()
+            return await self.ended()
 
     async def stop(self, signum: int = signal.SIGTERM) -> int:
         """Send a signal and return the exit status."""
@@ -113,9 +120,10 @@ async def started(*command: str | Path, **env: str) -> AsyncIterator[Script]:
 class Server:
     """A nats-server with its own directory and port, both kept over a restart."""
 
-    def __init__(self, directory: Path, config: str = "", jetstream: bool = True) -> None:
+    def __init__(self, directory: Path, config: str = "", jetstream: bool = True, port: int = -1) -> None:
+        directory.mkdir(exist_ok=True)
         self.directory = directory
-        self.port = -1
+        self.port = port
         self.monitoring = ""
         self.process: Process | None = None
         self._config = directory / "server.conf"
@@ -196,6 +204,15 @@ class Server:
         answer = await asyncio.to_thread(urllib.request.urlopen, f"{self.monitoring}/connz")
         return {connection.get("name", "") for connection in json.load(answer)["connections"]}
 
+    async def is_healthy(self) -> bool:
+        """Return whether the server takes connections and has all of its streams and consumers."""
+        try:
+            answer = await asyncio.to_thread(urllib.request.urlopen, f"{self.monitoring}/healthz")
+        except OSError:
+            return False
+        healthy: bool = json.load(answer)["status"] == "ok"
+        return healthy
+
     @asynccontextmanager
     async def client(self) -> AsyncIterator[Client]:
         """Connect to this server."""
@@ -246,10 +263,68 @@ async def serving(directory: Path, config: str = "", jetstream: bool = True) -> 
         await server.stop()
 
 
+class Cluster(Server):
+    """Three servers, seen as one: the scripts get all three URLs."""
+
+    def __init__(self, directory: Path) -> None:
+        with ExitStack() as stack:
+            sockets = [stack.enter_context(socket.socket()) for _ in range(6)]
+            for one in sockets:
+                one.bind(("127.0.0.1", 0))
+            ports = [one.getsockname()[1] for one in sockets]
+        routes = ", ".join(f"nats://127.0.0.1:{port}" for port in ports[:3])
+        self.servers = {
+            f"n{i}": Server(
+                directory / f"n{i}",
+                f"server_name: n{i}\ncluster {{ name: c, listen: 127.0.0.1:{ports[i]}, routes: [{routes}] }}",
+                port=ports[3 + i],
+            )
+            for i in range(3)
+        }
+
+    @property
+    def url(self) -> str:
+        return ",".join(server.url for server in self.servers.values())
+
+    async def start(self) -> None:
+        await asyncio.gather(*(server.start() for server in self.servers.values()))
+        await until(self.is_healthy)
+
+    async def stop(self, signum: int = signal.SIGTERM) -> None:
+        for server in self.servers.values():
+            await server.stop(signum)
+
+    async def is_healthy(self) -> bool:
+        return all([await server.is_healthy() for server in self.servers.values()])
+
+    async def leader(self, nc: Client, stream: str) -> Server:
+        """Wait until a stream has a leader and return that server."""
+        name = ""
+
+        async def is_there() -> bool:
+            nonlocal name
+            name = (await request(nc, f"STREAM.INFO.{stream}")).get("cluster", {}).get("leader", "")
+            return bool(name)
+
+        await until(is_there)
+        return self.servers[name]
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[Client]:
+        nc = await nats.connect(self.url.split(","), max_reconnect_attempts=-1, reconnect_time_wait=0.2)
+        try:
+            yield nc
+        finally:
+            await nc.close()
+
+
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    """Wait until a condition holds."""
+    """Wait until a condition holds; a server that doesn't answer is asked again."""
     async with asyncio.timeout(PATIENCE):
-        while not await condition():
+        while True:
+            with suppress(nats.errors.Error):
+                if await condition():
+                    break
             await asyncio.sleep(0.05)
 
 
@@ -260,6 +335,19 @@ async def pull(nc: Client, stream: str, durable: str, batch: int) -> Subscriptio
     request = json.dumps({"batch": batch, "expires": 30 * 10**9}).encode()
     await nc.publish(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{durable}", request, reply=inbox)
     return subscription
+
+
+@asynccontextmanager
+async def clustered(directory: Path) -> AsyncIterator[tuple[Cluster, Client]]:
+    """Run three nats-servers with both streams on three replicas."""
+    cluster = Cluster(directory)
+    try:
+        await cluster.start()
+        await cluster.create_streams(REPLICAS="3")
+        async with cluster.client() as nc:
+            yield cluster, nc
+    finally:
+        await cluster.stop()
 
 
 async def durable_info(nc: Client, stream: str, durable: str) -> dict[str, Any]:

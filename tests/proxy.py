@@ -16,6 +16,7 @@ class Proxy:
         self.port = 0
         self.swallow: Callable[[bytes], bool] = lambda _: False
         self.is_cut = False
+        self.delay = 0.0  # seconds, each way
         self._target = target
         self._writers: set[asyncio.StreamWriter] = set()
 
@@ -30,12 +31,14 @@ class Proxy:
             writer.transport.abort()
 
     def stall(self) -> None:
-        """Read nothing more from the connections of now; new ones work."""
+        """Read nothing more from the connections of now, without a word to either side; new ones work."""
         for writer in self._writers:
             writer.transport.pause_reading()  # type: ignore[attr-defined]
 
     def mend(self) -> None:
         self.is_cut = False
+        for writer in self._writers:
+            writer.transport.resume_reading()  # type: ignore[attr-defined]
 
     def swallow_first(self, part: bytes) -> None:
         """Cut the connection once, instead of passing on a piece that has this in it."""
@@ -66,13 +69,25 @@ class Proxy:
                 one.transport.abort()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        loop = asyncio.get_running_loop()
+        late: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+
+        async def pass_on() -> None:
+            with suppress(OSError):
+                while (item := await late.get())[1]:
+                    await asyncio.sleep(item[0] - loop.time())
+                    writer.write(item[1])
+                    await writer.drain()
+            writer.transport.abort()
+
+        passing = asyncio.create_task(pass_on())
         with suppress(OSError):
             while piece := await reader.read(2**16):
                 if self.swallow(piece):
                     break
-                writer.write(piece)
-                await writer.drain()
-        writer.transport.abort()
+                late.put_nowait((loop.time() + self.delay, piece))
+        late.put_nowait((0, b""))
+        await passing
 
 
 @asynccontextmanager

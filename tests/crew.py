@@ -1,0 +1,118 @@
+"""A crew of consumers and DLQ processors that are killed and started again, and the account of their orders."""
+
+import asyncio
+import random
+import re
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+
+from nats.aio.client import Client
+
+from tests.harness import CONSUMER, DLQ, Script, Server, emptied
+
+AT_WORK = 8  # what a killed process may have been working on, and as many whose acks may not have been sent
+BEGUN = r"(?:received|reprocessing order) (order-\d+)"
+STREAMS = ("orders_stream", "orders_unprocessed")
+
+
+class Crew:
+    """The processes that are there now, and those that were."""
+
+    def __init__(self, server: Server, url: str = "") -> None:
+        self.server = server
+        self.running: list[Script] = []
+        self.all: list[Script] = []
+        self.exposed: set[str] = set()  # the orders that may be done twice
+        self._killed: list[Script] = []
+        self._keepers: list[asyncio.Task[None]] = []
+        self._stopping = False
+        self._env = {"NATS_URL": url or server.url}
+
+    async def start(self, *command: str) -> None:
+        """Run a script, and run it again as soon as it ends, and wait until it is there for the first time."""
+        there = asyncio.Event()
+        self._keepers.append(asyncio.create_task(self._keep(command, there)))
+        await there.wait()
+
+    async def _keep(self, command: tuple[str, ...], there: asyncio.Event) -> None:
+        while not self._stopping:
+            async with self.server.script(*command, **self._env) as script:
+                self.running.append(script)
+                self.all.append(script)
+                there.set()
+                await script.ended()
+                if script in self.running:
+                    self.running.remove(script)
+                if script in self._killed:
+                    self.exposed |= set(begun(script)[-AT_WORK:])
+
+    def kill(self, chance: random.Random) -> None:
+        """Kill one of the processes that have work; what it was working on may be done once more."""
+        script = chance.choice([script for script in self.running if begun(script)] or self.running)
+        self.running.remove(script)
+        self._killed.append(script)
+        script.process.kill()
+
+    def expose(self, seconds: float) -> None:
+        """Note that what was begun within the last seconds may be done once more."""
+        since = asyncio.get_running_loop().time() - seconds
+        self.exposed |= {order for script in self.all for order in begun(script, since)}
+
+    async def stop(self) -> list[int]:
+        """Have all of them stop and return the exit statuses."""
+        self._stopping = True
+        return [await script.stop() for script in list(self.running)]
+
+    def account(self, published: Iterable[str]) -> str:
+        """Check that each order was settled, and more than once only where that is allowed; return a line of it."""
+        done = Counter(order for script in self.all for order in begun(script))
+        reprocessed = {order for script in self.all for order in script.found(r"reprocessing order (.*)")}
+        wanted = set(published)
+        assert not wanted - set(done), f"lost: {wanted - set(done)}"
+        assert not set(done) - wanted, f"made up: {set(done) - wanted}"
+        twice = {order for order, times in done.items() if times > 1}
+        assert not twice - self.exposed, "done twice:\n" + self._story(twice - self.exposed)
+        return f"{len(wanted)} orders: {len(reprocessed)} of them reprocessed, {len(twice)} done twice"
+
+    def _story(self, concerned: set[str]) -> str:
+        """Return the lines of all processes, in the order in which they came, but those of other orders."""
+        lines = sorted(
+            (when, f"{when:.2f} {which} {line[20:]}")
+            for which, script in enumerate(self.all)
+            for when, line in zip(script.times, script.lines, strict=True)
+        )
+        return "\n".join(
+            line for _, line in lines if not (found := re.search(r"order-\d+", line)) or found[0] in concerned
+        )
+
+
+def begun(script: Script, since: float = 0) -> list[str]:
+    """Return the orders that a process has begun to work on, one after the other."""
+    found = (re.search(BEGUN, line) for line, when in zip(script.lines, script.times, strict=True) if when >= since)
+    return [match[1] for match in found if match]
+
+
+@asynccontextmanager
+async def crew(
+    server: Server, consumers: int, *options: str, dlq: tuple[str, ...] = DLQ, url: str = ""
+) -> AsyncIterator[Crew]:
+    """Run consumers with these options, and a DLQ processor."""
+    working = Crew(server, url)
+    try:
+        for _ in range(consumers):
+            await working.start(*CONSUMER, *options)
+        await working.start(*dlq)
+        yield working
+    finally:
+        for keeper in working._keepers:
+            keeper.cancel()
+        await asyncio.gather(*working._keepers, return_exceptions=True)
+
+
+async def settled(nc: Client, working: Crew, published: Iterable[str], patience: float = 120) -> str:
+    """Wait until both streams are empty, stop the crew, and return the account."""
+    async with asyncio.timeout(patience):
+        await emptied(nc, *STREAMS)
+    assert set(await working.stop()) == {0}
+    return working.account(published)
