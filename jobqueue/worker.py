@@ -36,6 +36,7 @@ LATE = 2.0  # seconds after that until its answer counts as lost: no pull reques
 AT_START = 30.0  # seconds of asking for what a script needs before it can work
 CONFIRM = 30.0  # seconds of asking for the confirmation of one ack
 CONFIRM_AT_STOP = 10.0
+UNANSWERED = 3  # requests for it without an answer: the server knows of no such delivery, and sends the message again
 TICK = 0.1  # seconds between two looks at what is due
 LONGEST_PAUSE = 2.0  # seconds between two pull requests while something is wrong
 LONGEST_RETRY_PAUSE = 0.5  # less: an ack must be there again before an order is sent again
@@ -175,7 +176,8 @@ class Worker:
         self._troubled: set[Answers] = set()  # the slots whose last answer was no good
         self._replicated = False
         self._mending = asyncio.Lock()
-        self._mended = 0.0  # when one of them last saw to the durable
+        self._mended = 0.0  # when a slot last did that, and what it failed with
+        self._fault: Error | None = None
         self._complaint = ""
 
     async def run(self) -> Counter[bytes]:
@@ -236,7 +238,7 @@ class Worker:
                 pause = TICK
             if acked:
                 if trouble or not answer:
-                    await self._confirm(acked, ACK)
+                    await self._confirm(acked, ACK, doubtful=True)
                 self._held.pop(acked.reply, None)
                 acked = None
             if answer and answer.reply:
@@ -303,48 +305,68 @@ class Worker:
                     for ack_subject in list(self._held):
                         await self._nc.publish(ack_subject, Msg.Ack.Progress)
 
-    async def _confirm(self, message: Msg, ack: bytes) -> None:
-        """Send an ack until the server answers it; an ack may be repeated."""
+    async def _confirm(self, message: Msg, ack: bytes, doubtful: bool = False) -> None:
+        """Send an ack until the server answers it; an ack may be repeated.
+
+        Where something is wrong, the stream may be another one by now, and the ack would lose one of its messages.
+        """
         loop = asyncio.get_running_loop()
         began = loop.time()
+        unanswered = 0
 
         async def send() -> None:
+            nonlocal doubtful
+            if doubtful:
+                await self._mend()
+            doubtful = True
             if message.reply in self._held:
                 await self._nc.request(message.reply, ack, timeout=LATE)
 
-        def give_up(_: Exception) -> bool:
-            return loop.time() > began + (CONFIRM_AT_STOP if self._stop.is_set() else CONFIRM)
+        def give_up(fault: Exception) -> bool:
+            nonlocal unanswered
+            unanswered += isinstance(fault, TimeoutError) and self._nc.is_connected
+            waited = loop.time() - began
+            return unanswered >= UNANSWERED or waited > (CONFIRM_AT_STOP if self._stop.is_set() else CONFIRM)
 
         try:
             await retry(send, "", give_up)
-        except PASSING:
+        except Error:
             sequence = message.metadata.sequence.stream
             log.warning("ack of # %d in %s is not confirmed: it may come again", sequence, self._stream)
         self._held.pop(message.reply, None)
 
     async def _recover(self, answers: Answers, trouble: str, pause: float) -> None:
-        """Back off, then see to it that the durable is there; one slot does that for all."""
-        noticed = asyncio.get_running_loop().time()
+        """Back off, then mend what can be mended."""
         if not self._troubled:
             self._complain(trouble)
         self._troubled.add(answers)
         with suppress(TimeoutError):
             await asyncio.wait_for(self._stop.wait(), pause)
+        try:
+            await self._mend()
+        except Error as error:
+            self._complain(reason(error))
+
+    async def _mend(self) -> None:
+        """See to it that the durable is there, and let go of what came from a stream that was deleted.
+
+        One slot does that for all that ask while it does.
+        """
+        noticed = asyncio.get_running_loop().time()
         async with self._mending:
-            if self._mended < noticed and not self._stop.is_set():
+            if self._mended < noticed:
                 try:
                     await self._create_durable()
-                    await self._forget()
+                    created = (await self._nc.jetstream().stream_info(self._stream)).created
+                    for message in list(self._held.values()):
+                        if created and message.metadata.timestamp < created:
+                            del self._held[message.reply]
+                    self._fault = None
                 except Error as error:
-                    self._complain(reason(error))
+                    self._fault = error
                 self._mended = asyncio.get_running_loop().time()
-
-    async def _forget(self) -> None:
-        """Let go of what came from a stream that was deleted: an ack would go to what has its sequence now."""
-        created = (await self._nc.jetstream().stream_info(self._stream)).created
-        for message in list(self._held.values()):
-            if created and message.metadata.timestamp < created:
-                del self._held[message.reply]
+            if self._fault:
+                raise self._fault
 
     def _complain(self, complaint: str) -> None:
         if complaint != self._complaint:

@@ -252,6 +252,11 @@ async def messages(nc: Client, stream: str) -> int:
     return (await state(nc, stream))["messages"]
 
 
+async def holds(nc: Client, stream: str, count: int) -> bool:
+    """Return whether a stream has so many messages."""
+    return await messages(nc, stream) == count
+
+
 @asynccontextmanager
 async def serving(directory: Path, config: str = "", jetstream: bool = True) -> AsyncIterator[Server]:
     """Run a nats-server with a configuration of its own."""

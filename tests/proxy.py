@@ -40,16 +40,19 @@ class Proxy:
         for writer in self._writers:
             writer.transport.resume_reading()  # type: ignore[attr-defined]
 
-    def swallow_first(self, part: bytes) -> None:
-        """Cut the connection once, instead of passing on a piece that has this in it."""
+    def swallow_first(self, part: bytes) -> asyncio.Event:
+        """Cut the connection once, instead of passing on a piece that has this in it, and set the event then."""
+        swallowed = asyncio.Event()
 
         def swallow(piece: bytes) -> bool:
             if part not in piece:
                 return False
             self.swallow = lambda _: False
+            swallowed.set()
             return True
 
         self.swallow = swallow
+        return swallowed
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.is_cut:

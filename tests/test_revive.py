@@ -14,6 +14,7 @@ from tests.harness import (
     dead_letters,
     durable_info,
     emptied,
+    holds,
     messages,
     publish,
     pull,
@@ -24,10 +25,6 @@ from tests.harness import (
 )
 
 BOTH = ("orders_stream", "orders_unprocessed")
-
-
-async def holds(nc: Client, stream: str, count: int) -> bool:
-    return await messages(nc, stream) == count
 
 
 async def is_dead(nc: Client) -> bool:
