@@ -36,10 +36,14 @@ LATE = 2.0  # seconds after that until its answer counts as lost: no pull reques
 AT_START = 30.0  # seconds of asking for what a script needs before it can work
 CONFIRM = 30.0  # seconds of asking for the confirmation of one ack
 CONFIRM_AT_STOP = 10.0
-UNANSWERED = 3  # requests for it without an answer: the server knows of no such delivery, and sends the message again
+UNANSWERED = 6  # requests for it without an answer: the server knows of no such delivery, and sends the message again
 TICK = 0.1  # seconds between two looks at what is due
 LONGEST_PAUSE = 2.0  # seconds between two pull requests while something is wrong
-LONGEST_RETRY_PAUSE = 0.5  # less: an ack must be there again before an order is sent again
+LONGEST_RETRY_PAUSE = 0.5  # seconds between two attempts at any other request
+ANSWER = 1.0  # seconds for the answer to any other request
+# Seconds without a pull request once the leader of several replicas may be a new one: longer than it takes every
+# process to repeat its acks, so that they are there before it sends a message again.
+HOLD_BACK = 3.0
 
 # What passes by itself: no answer, no leader, no connection.
 PASSING = (
@@ -140,6 +144,29 @@ def _at_start() -> Callable[[Exception], bool]:
     return lambda fault: isinstance(fault, NotFoundError) or asyncio.get_running_loop().time() > deadline
 
 
+class _Shared:
+    """A call that one slot makes for all that ask for it until it has returned or failed."""
+
+    def __init__(self, call: Callable[[], Awaitable[Any]]) -> None:
+        self._call = call
+        self._lock = asyncio.Lock()
+        self._last = 0.0
+        self._fault: Error | None = None
+
+    async def __call__(self) -> None:
+        asked = asyncio.get_running_loop().time()
+        async with self._lock:
+            if self._last < asked:
+                self._last = asyncio.get_running_loop().time()
+                self._fault = None
+                try:
+                    await self._call()
+                except Error as error:
+                    self._fault = error
+            if self._fault:
+                raise self._fault
+
+
 class Worker:
     """A process's share of the work on one durable consumer.
 
@@ -169,15 +196,15 @@ class Worker:
         self._slots = concurrency + 1
         self._hands = asyncio.Semaphore(concurrency)
         self._stop = stop
-        self._next = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{config.durable_name}"
+        self._durable = config.durable_name or ""
+        self._next = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{self._durable}"
         self._pull = json.dumps({"batch": 1, "expires": int(EXPIRES * 1e9)}).encode()
         self._held: dict[str, Msg] = {}  # by ack subject: what is worked on, or waits for a hand or a confirmation
         self._waiting: dict[Answers, float] = {}  # the slots that wait for an answer, and until when
         self._troubled: set[Answers] = set()  # the slots whose last answer was no good
         self._replicated = False
-        self._mending = asyncio.Lock()
-        self._mended = 0.0  # when a slot last did that, and what it failed with
-        self._fault: Error | None = None
+        self._mend = _Shared(self._find_durable)
+        self._verify = _Shared(self._let_go)
         self._complaint = ""
 
     async def run(self) -> Counter[bytes]:
@@ -190,7 +217,7 @@ class Worker:
             Failure: the durable cannot be created.
 
         """
-        durable = f"the durable {self._config.durable_name} on {self._stream}"
+        durable = f"the durable {self._durable} on {self._stream}"
         at_start = _at_start()
         try:
             ack_wait = await retry(self._create_durable, durable, lambda fault: self._stop.is_set() or at_start(fault))
@@ -230,6 +257,8 @@ class Worker:
             else:
                 answer = await self._ask(inbox, acked, answers)
             trouble = _trouble(answer)
+            if self._replicated and not answer:
+                trouble = "no answer"  # the leader may be gone
             if trouble:
                 await self._recover(answers, trouble, pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
@@ -315,16 +344,18 @@ class Worker:
         unanswered = 0
 
         async def send() -> None:
-            nonlocal doubtful
+            nonlocal doubtful, unanswered
             if doubtful:
-                await self._mend()
+                await self._verify()
             doubtful = True
             if message.reply in self._held:
-                await self._nc.request(message.reply, ack, timeout=LATE)
+                try:
+                    await self._nc.request(message.reply, ack, timeout=ANSWER)
+                except TimeoutError:
+                    unanswered += self._nc.is_connected
+                    raise
 
-        def give_up(fault: Exception) -> bool:
-            nonlocal unanswered
-            unanswered += isinstance(fault, TimeoutError) and self._nc.is_connected
+        def give_up(_: Exception) -> bool:
             waited = loop.time() - began
             return unanswered >= UNANSWERED or waited > (CONFIRM_AT_STOP if self._stop.is_set() else CONFIRM)
 
@@ -336,37 +367,32 @@ class Worker:
         self._held.pop(message.reply, None)
 
     async def _recover(self, answers: Answers, trouble: str, pause: float) -> None:
-        """Back off, then mend what can be mended."""
+        """Back off until the stream and its durable are there."""
         if not self._troubled:
             self._complain(trouble)
         self._troubled.add(answers)
+        while not self._stop.is_set():
+            await self._pause(pause)
+            try:
+                await self._mend()
+                await self._verify()
+                break
+            except Error as error:
+                self._complain(reason(error))
+                pause = min(2 * pause, LONGEST_PAUSE)
+        if self._replicated:
+            await self._pause(HOLD_BACK)
+
+    async def _pause(self, seconds: float) -> None:
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._stop.wait(), pause)
-        try:
-            await self._mend()
-        except Error as error:
-            self._complain(reason(error))
+            await asyncio.wait_for(self._stop.wait(), seconds)
 
-    async def _mend(self) -> None:
-        """See to it that the durable is there, and let go of what came from a stream that was deleted.
-
-        One slot does that for all that ask while it does.
-        """
-        noticed = asyncio.get_running_loop().time()
-        async with self._mending:
-            if self._mended < noticed:
-                try:
-                    await self._create_durable()
-                    created = (await self._nc.jetstream().stream_info(self._stream)).created
-                    for message in list(self._held.values()):
-                        if created and message.metadata.timestamp < created:
-                            del self._held[message.reply]
-                    self._fault = None
-                except Error as error:
-                    self._fault = error
-                self._mended = asyncio.get_running_loop().time()
-            if self._fault:
-                raise self._fault
+    async def _let_go(self) -> None:
+        """Let go of what came from a stream that was deleted: an ack would go to what has its sequence now."""
+        created = (await self._nc.jetstream(timeout=ANSWER).stream_info(self._stream)).created
+        for message in list(self._held.values()):
+            if created and message.metadata.timestamp < created:
+                del self._held[message.reply]
 
     def _complain(self, complaint: str) -> None:
         if complaint != self._complaint:
@@ -379,6 +405,13 @@ class Worker:
             if not self._troubled:
                 self._complaint = ""
                 log.info("%s is back", self._stream)
+
+    async def _find_durable(self) -> None:
+        """See to it that the durable is there and has a leader, which is who answers."""
+        try:
+            await self._nc.jetstream(timeout=ANSWER).consumer_info(self._stream, self._durable)
+        except NotFoundError:
+            await self._create_durable()
 
     async def _create_durable(self) -> float:
         """Create or update the durable and return its shortest ack wait, in seconds."""
