@@ -41,8 +41,8 @@ TICK = 0.1  # seconds between two looks at what is due
 LONGEST_PAUSE = 2.0  # seconds between two pull requests while something is wrong
 LONGEST_RETRY_PAUSE = 0.5  # seconds between two attempts at any other request
 ANSWER = 1.0  # seconds for the answer to any other request
-# Seconds without a pull request once the leader of several replicas may be a new one: longer than it takes every
-# process to repeat its acks, so that they are there before it sends a message again.
+# Seconds without a pull request after a server or a leader was away: longer than it takes every process to repeat its
+# acks, so that they are there before a message whose ack wait is over is sent again.
 HOLD_BACK = 3.0
 
 # What passes by itself: no answer, no leader, no connection.
@@ -144,29 +144,6 @@ def _at_start() -> Callable[[Exception], bool]:
     return lambda fault: isinstance(fault, NotFoundError) or asyncio.get_running_loop().time() > deadline
 
 
-class _Shared:
-    """A call that one slot makes for all that ask for it until it has returned or failed."""
-
-    def __init__(self, call: Callable[[], Awaitable[Any]]) -> None:
-        self._call = call
-        self._lock = asyncio.Lock()
-        self._last = 0.0
-        self._fault: Error | None = None
-
-    async def __call__(self) -> None:
-        asked = asyncio.get_running_loop().time()
-        async with self._lock:
-            if self._last < asked:
-                self._last = asyncio.get_running_loop().time()
-                self._fault = None
-                try:
-                    await self._call()
-                except Error as error:
-                    self._fault = error
-            if self._fault:
-                raise self._fault
-
-
 class Worker:
     """A process's share of the work on one durable consumer.
 
@@ -203,8 +180,9 @@ class Worker:
         self._waiting: dict[Answers, float] = {}  # the slots that wait for an answer, and until when
         self._troubled: set[Answers] = set()  # the slots whose last answer was no good
         self._replicated = False
-        self._mend = _Shared(self._find_durable)
-        self._verify = _Shared(self._let_go)
+        self._mending = asyncio.Lock()
+        self._mended = 0.0  # when a slot last did that, and what it failed with
+        self._fault: Error | None = None
         self._complaint = ""
 
     async def run(self) -> Counter[bytes]:
@@ -257,19 +235,20 @@ class Worker:
             else:
                 answer = await self._ask(inbox, acked, answers)
             trouble = _trouble(answer)
-            if self._replicated and not answer:
-                trouble = "no answer"  # the leader may be gone
             if trouble:
-                await self._recover(answers, trouble, pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
+                self._unwell(answers, trouble)
             elif answer:
                 self._well(answers)
-                pause = TICK
             if acked:
                 if trouble or not answer:
                     await self._confirm(acked, ACK, doubtful=True)
                 self._held.pop(acked.reply, None)
                 acked = None
+            if trouble or not answer:
+                await self._recover(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+            else:
+                pause = TICK
             if answer and answer.reply:
                 async with self._hands:
                     verdict = await self._work(answer)
@@ -346,7 +325,7 @@ class Worker:
         async def send() -> None:
             nonlocal doubtful, unanswered
             if doubtful:
-                await self._verify()
+                await self._mend()
             doubtful = True
             if message.reply in self._held:
                 try:
@@ -366,22 +345,35 @@ class Worker:
             log.warning("ack of # %d in %s is not confirmed: it may come again", sequence, self._stream)
         self._held.pop(message.reply, None)
 
-    async def _recover(self, answers: Answers, trouble: str, pause: float) -> None:
-        """Back off until the stream and its durable are there."""
-        if not self._troubled:
-            self._complain(trouble)
-        self._troubled.add(answers)
+    async def _recover(self, pause: float) -> None:
+        """Back off until the stream and its durable are there, and every process has repeated its acks."""
         while not self._stop.is_set():
             await self._pause(pause)
             try:
                 await self._mend()
-                await self._verify()
                 break
             except Error as error:
                 self._complain(reason(error))
                 pause = min(2 * pause, LONGEST_PAUSE)
-        if self._replicated:
-            await self._pause(HOLD_BACK)
+        await self._pause(HOLD_BACK)
+
+    async def _mend(self) -> None:
+        """See to it that the durable is there, and let go of what came from a stream that was deleted.
+
+        One slot does that for all that ask before it begins.
+        """
+        asked = asyncio.get_running_loop().time()
+        async with self._mending:
+            if self._mended < asked:
+                self._mended = asyncio.get_running_loop().time()
+                self._fault = None
+                try:
+                    await self._find_durable()
+                    await self._let_go()
+                except Error as error:
+                    self._fault = error
+            if self._fault:
+                raise self._fault
 
     async def _pause(self, seconds: float) -> None:
         with suppress(TimeoutError):
@@ -398,6 +390,11 @@ class Worker:
         if complaint != self._complaint:
             log.warning("%s: %s; trying again", self._stream, complaint)
         self._complaint = complaint
+
+    def _unwell(self, answers: Answers, trouble: str) -> None:
+        if not self._troubled:
+            self._complain(trouble)
+        self._troubled.add(answers)
 
     def _well(self, answers: Answers) -> None:
         if answers in self._troubled:

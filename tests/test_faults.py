@@ -217,8 +217,9 @@ async def test_durable_deleted(server: Server, nc: Client, chance: random.Random
         for _ in range(3 * soak):
             await asyncio.sleep(chance.uniform(0.5, 1))
             await request(nc, "CONSUMER.DELETE.orders_stream.processor")
-            await durable_info(nc, "orders_stream", "processor")
             working.expose()
+            await durable_info(nc, "orders_stream", "processor")
+            working.expose(0.3)  # lines come a little late
         print(await settled(nc, working, published))
 
 
