@@ -6,6 +6,9 @@ or a status, comes to the slot's own inbox and is what confirms the ack. There i
 hands to work, so that the next message is on its way while this one is worked on: that is all the prefetch
 there is. Whatever is held is kept alive with `+WPI`, so that work may take longer than the ack wait.
 
+On several replicas that answer comes before a majority of them has the ack, and a new leader would send the message
+again. There an ack and the next pull request are two requests: the server answers a plain ack when a majority has it.
+
 Source: https://docs.nats.io/reference/reference-protocols/nats_api_reference (MSG.NEXT, +NXT, +WPI).
 """
 
@@ -20,7 +23,7 @@ from typing import Any, TypeVar
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error, NoRespondersError, OutboundBufferLimitError
-from nats.js.api import ConsumerConfig
+from nats.js.api import ConsumerConfig, ConsumerInfo
 from nats.js.errors import NoStreamResponseError, NotFoundError, ServerError, ServiceUnavailableError
 
 from jobqueue.script import Failure, reason, text
@@ -198,9 +201,11 @@ class Worker:
         durable = f"the durable {self._durable} on {self._stream}"
         at_start = _at_start()
         try:
-            ack_wait = await retry(self._create_durable, durable, lambda fault: self._stop.is_set() or at_start(fault))
+            info = await retry(self._create_durable, durable, lambda fault: self._stop.is_set() or at_start(fault))
         except (Error, TimeoutError) as error:
             raise Failure(f"cannot create {durable}: {reason(error)}") from None
+        self._replicated = bool(info.cluster and info.cluster.replicas)
+        ack_wait = min(info.config.backoff or [info.config.ack_wait or 30.0])
         tally: Counter[bytes] = Counter()
         async with asyncio.TaskGroup() as tasks:
             ticking = tasks.create_task(self._tick(ack_wait / 3))
@@ -245,7 +250,7 @@ class Worker:
                 self._held.pop(acked.reply, None)
                 acked = None
             if trouble or not answer:
-                await self._recover(pause)
+                await self._recover(answers, pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
             else:
                 pause = TICK
@@ -345,7 +350,7 @@ class Worker:
             log.warning("ack of # %d in %s is not confirmed: it may come again", sequence, self._stream)
         self._held.pop(message.reply, None)
 
-    async def _recover(self, pause: float) -> None:
+    async def _recover(self, answers: Answers, pause: float) -> None:
         """Back off until the stream and its durable are there, and every process has repeated its acks."""
         while not self._stop.is_set():
             await self._pause(pause)
@@ -353,6 +358,7 @@ class Worker:
                 await self._mend()
                 break
             except Error as error:
+                self._troubled.add(answers)
                 self._complain(reason(error))
                 pause = min(2 * pause, LONGEST_PAUSE)
         await self._pause(HOLD_BACK)
@@ -406,16 +412,14 @@ class Worker:
     async def _find_durable(self) -> None:
         """See to it that the durable is there and has a leader, which is who answers."""
         try:
-            await self._nc.jetstream(timeout=ANSWER).consumer_info(self._stream, self._durable)
+            info = await self._nc.jetstream(timeout=ANSWER).consumer_info(self._stream, self._durable)
         except NotFoundError:
-            await self._create_durable()
-
-    async def _create_durable(self) -> float:
-        """Create or update the durable and return its shortest ack wait, in seconds."""
-        info = await self._nc.jetstream().add_consumer(self._stream, self._config)
+            info = await self._create_durable()
         self._replicated = bool(info.cluster and info.cluster.replicas)
-        config: ConsumerConfig = info.config
-        return min(config.backoff or [config.ack_wait or 30.0])
+
+    async def _create_durable(self) -> ConsumerInfo:
+        """Create or update the durable."""
+        return await self._nc.jetstream().add_consumer(self._stream, self._config)
 
 
 def _trouble(answer: Msg | None) -> str:

