@@ -27,8 +27,8 @@ from tests.harness import (
 BOTH = ("orders_stream", "orders_unprocessed")
 
 
-async def is_dead(nc: Client) -> bool:
-    return not (await durable_info(nc, "orders_stream", "processor"))["num_ack_pending"]
+async def is_dead(nc: Client, stream: str = "orders_stream", durable: str = "processor") -> bool:
+    return not (await durable_info(nc, stream, durable))["num_ack_pending"]
 
 
 async def test_orders_that_died_before_their_dlq_was_there_are_found(server: Server, nc: Client) -> None:
@@ -131,10 +131,16 @@ async def test_dead_letters_that_are_being_reprocessed_are_left_alone(
 
 async def test_a_stuck_advisory_that_is_malformed_goes(server: Server, nc: Client) -> None:
     """Whatever used its deliveries up, say a processor that died of it."""
-    config = {"durable_name": "unprocessed_order_handler", "ack_policy": "explicit", "max_deliver": 1}
+    durable = {"durable_name": "unprocessed_order_handler", "ack_policy": "explicit"}
+    config = durable | {"max_deliver": 2, "backoff": [10**8]}
     made = {"stream_name": "orders_unprocessed", "config": config}
     await request(nc, "CONSUMER.DURABLE.CREATE.orders_unprocessed.unprocessed_order_handler", made)
     await publish(nc, b"junk", subject=f"{ADVISORIES}.processor")
-    await pull(nc, "orders_unprocessed", "unprocessed_order_handler", 1)
-    async with server.script(*DLQ):
+    subscription = await pull(nc, "orders_unprocessed", "unprocessed_order_handler", 3)
+    for _ in range(2):
+        await subscription.next_msg(5)
+    await until(lambda: is_dead(nc, "orders_unprocessed", "unprocessed_order_handler"))
+    await subscription.unsubscribe()
+    async with server.script(*DLQ) as dlq:
         await emptied(nc, "orders_unprocessed")
+        assert not dlq.lines
