@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 ADVISORY = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES"  # .<stream>.<consumer>
 TYPE = "io.nats.jetstream.advisory.v1.max_deliver"
 SETTLE_TIMEOUT = 5.0  # seconds
-REVIVE_EVERY = 15.0  # seconds
+REVIVE_EVERY = 5.0  # seconds between two looks
 NO_CONSUMER, NO_MESSAGE = 10014, 10037  # JetStream's error codes
 
 

@@ -430,5 +430,7 @@ def _trouble(answer: Msg | None) -> str:
     status = headers.get("Status", "")
     if status in ("404", "408"):
         return ""
+    if status == "503":  # nats-py takes the header that nats-server 2.15 adds for its description
+        return "503 no responders"
     description = headers.get("Description", "").strip().splitlines()
-    return text(f"{status} {description[0] if description else 'no responders'}")
+    return text(f"{status} {description[0] if description else ''}".strip())

@@ -24,6 +24,7 @@ from tests.harness import (
     publish,
     request,
     serving,
+    until,
     with_body,
 )
 from tests.proxy import proxied
@@ -325,6 +326,23 @@ async def test_a_durable_that_was_deleted_is_created_again(server: Server, nc: C
         await consumer.line("received order-0 .*")
         await consumer.line("orders_stream is back")
         assert len(consumer.lines) == 3
+
+
+async def test_a_durable_that_is_deleted_while_all_slots_hold_orders_is_created_again(
+    server: Server, nc: Client
+) -> None:
+    await publish(nc, b"order-0", b"order-1")
+    async with server.script(*CONSUMER, *NO_FAILURES, "--work-time", "1") as consumer:
+        await consumer.line("received order-0 .*")
+        await until(lambda: is_held(nc, 2))
+        await request(nc, "CONSUMER.DELETE.orders_stream.processor")
+        await consumer.line("orders_stream: 503 no responders; trying again")
+        await emptied(nc, "orders_stream")
+
+
+async def is_held(nc: Client, count: int) -> bool:
+    held: int = (await durable_info(nc, "orders_stream", "processor"))["num_ack_pending"]
+    return held == count
 
 
 async def test_an_order_of_a_stream_that_was_deleted_acknowledges_nothing_in_its_successor(

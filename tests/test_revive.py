@@ -103,7 +103,7 @@ async def test_each_durable_is_looked_at_by_its_own_filter(server: Server, nc: C
     await request(nc, "STREAM.PURGE.orders_unprocessed")
     async with server.script(*DLQ) as dlq:
         await dlq.line("reprocessing order new-0")
-        await asyncio.sleep(25)  # one more look at least
+        await asyncio.sleep(21)  # one more look at least
         assert len(dlq.found("reprocessing .*")) == 1
     assert await messages(nc, "orders_stream") == 1
 
