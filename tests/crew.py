@@ -60,6 +60,11 @@ class Crew:
         for script in self.running:
             self.exposed |= {*begun(script)[-AT_WORK:], *begun(script, since)}
 
+    async def is_connected(self) -> bool:
+        """Return whether each process that lost its connection has it again."""
+        lost, again = "connection lost; reconnecting", "connected again"
+        return all(len(script.found(lost)) == len(script.found(again)) for script in self.running)
+
     async def stop(self) -> list[int]:
         """Have all of them stop and return the exit statuses."""
         self._stopping = True

@@ -142,8 +142,9 @@ async def test_network_cut_for_short(server: Server, nc: Client, chance: random.
         for _ in range(5 * soak):
             await asyncio.sleep(chance.uniform(0.2, 1))
             chance.choice([proxy.cut, proxy.stall])()
-            await asyncio.sleep(chance.uniform(0.1, 2))
+            await asyncio.sleep(chance.uniform(0.1, 1.5))
             proxy.mend()
+            await until(working.is_connected)  # two cuts in a row would be a long one
         assert await publishing.status() == 0
         print(await settled(nc, working, published))
 
