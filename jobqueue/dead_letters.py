@@ -15,7 +15,6 @@ from typing import NamedTuple, TypeGuard
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.errors import NoRespondersError
 from nats.js import JetStreamContext
 from nats.js.api import ConsumerInfo
 from nats.js.errors import NotFoundError
@@ -109,11 +108,8 @@ async def settle(nc: Client, message: Msg, dead: DeadLetter, died: datetime) -> 
         nats.errors.Error: the server has not answered, and the message is still there.
 
     """
-    try:
+    if await find(nc, dead, died):  # the ack of one that isn't there might remove what has its sequence now
         await nc.request(message.reply, ACK, timeout=SETTLE_TIMEOUT)
-    except (TimeoutError, NoRespondersError):
-        if await find(nc, dead, died):
-            raise
 
 
 async def revive(nc: Client, advisories: str, stream: str, wait: float) -> None:
@@ -182,7 +178,7 @@ async def _stuck(js: JetStreamContext, durable: ConsumerInfo) -> AsyncIterator[D
                 break
             sequence = message.seq or last
             if sequence <= last:
-                yield DeadLetter(stream, durable.name, config.max_deliver or -1, sequence)
+                yield DeadLetter(stream, durable.name, max(config.max_deliver or 1, 1), sequence)
 
 
 async def _announce(js: JetStreamContext, dead: DeadLetter) -> None:

@@ -40,6 +40,7 @@ AT_START = 30.0  # seconds of asking for what a script needs before it can work
 CONFIRM = 30.0  # seconds of asking for the confirmation of one ack
 CONFIRM_AT_STOP = 10.0
 UNANSWERED = 6  # requests for it without an answer: the server knows of no such delivery, and sends the message again
+SAME_STREAM = 0.5  # seconds that a message may be held without a look whether its stream was deleted meanwhile
 TICK = 0.1  # seconds between two looks at what is due
 LONGEST_PAUSE = 2.0  # seconds between two pull requests while something is wrong
 LONGEST_RETRY_PAUSE = 0.5  # seconds between two attempts at any other request
@@ -217,6 +218,7 @@ class Worker:
 
     async def _slot(self, tally: Counter[bytes]) -> None:
         """Ask, work, acknowledge and ask again, until the stop."""
+        loop = asyncio.get_running_loop()
         answers: Answers = asyncio.Queue()
 
         async def arrived(answer: Msg) -> None:
@@ -255,10 +257,13 @@ class Worker:
             else:
                 pause = TICK
             if answer and answer.reply:
+                arrived_at = loop.time()
                 async with self._hands:
                     verdict = await self._work(answer)
                 tally[verdict] += 1
-                if verdict == ACK and answer.reply in self._held:
+                if verdict == ACK and loop.time() > arrived_at + SAME_STREAM:
+                    await self._confirm(answer, ACK, doubtful=True)
+                elif verdict == ACK and answer.reply in self._held:
                     acked = answer
                 elif verdict == TERM:
                     await self._confirm(answer, TERM)
@@ -328,7 +333,10 @@ class Worker:
         unanswered = 0
 
         async def send() -> None:
-            nonlocal doubtful, unanswered
+            nonlocal began, doubtful, unanswered
+            while not (self._nc.is_connected or self._stop.is_set()):
+                await asyncio.sleep(TICK)
+                began = loop.time()
             if doubtful:
                 await self._mend()
             doubtful = True

@@ -367,6 +367,28 @@ async def test_an_order_of_a_stream_that_was_deleted_acknowledges_nothing_in_its
         await emptied(nc, "orders_stream")
 
 
+async def test_the_same_holds_while_a_consumer_has_no_hand_free(server: Server, nc: Client, tmp_path: Path) -> None:
+    body = """if order.data.startswith(b"old"):
+        await asyncio.sleep(4)
+    elif order.metadata.num_delivered == 1:
+        raise ValueError
+    log.info("done with %s", text(order.data))"""
+    script = with_body("consumer/consumer.py", "process", body, tmp_path)
+    await publish(nc, b"old-0", b"old-1")
+    async with server.script(script, *CONSUMER[1:]) as saturated:
+        await durable_info(nc, "orders_stream", "processor")
+        await until(lambda: is_held(nc, 2))
+        await request(nc, "STREAM.DELETE.orders_stream")
+        await server.create_streams()
+        async with server.script(script, *CONSUMER[1:]) as other:
+            await publish(nc, b"new-0", b"new-1")
+            await other.line("error processing new-1: ValueError")
+            assert not saturated.lines
+            await saturated.line("done with old-0")
+            await emptied(nc, "orders_stream")
+            assert sorted(saturated.found("done with (new-.)") + other.found("done with (new-.)")) == ["new-0", "new-1"]
+
+
 async def test_orders_that_nats_py_cannot_read_hold_up_no_others(server: Server, nc: Client) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     await reader.readline()

@@ -42,6 +42,18 @@ async def test_orders_that_died_before_their_dlq_was_there_are_found(server: Ser
         assert await one.stop() == await two.stop() == 0
 
 
+async def test_orders_that_died_before_their_durable_had_no_limit_are_found(server: Server, nc: Client) -> None:
+    await dead_letters(nc, b"order-0")
+    config = (await durable_info(nc, "orders_stream", "processor"))["config"] | {"max_deliver": -1}
+    del config["backoff"]
+    made = {"stream_name": "orders_stream", "config": config}
+    assert "error" not in await request(nc, "CONSUMER.DURABLE.CREATE.orders_stream.processor", made)
+    await request(nc, "STREAM.PURGE.orders_unprocessed")
+    async with server.script(*DLQ) as dlq:
+        await emptied(nc, "orders_stream")
+        assert dlq.found("reprocessing order (.*)") == ["order-0"]
+
+
 async def test_an_order_that_died_while_the_dlq_was_full_is_found(server: Server, nc: Client) -> None:
     await dead_letters(nc, b"order-0")
     config = (await request(nc, "STREAM.INFO.orders_unprocessed"))["config"]
