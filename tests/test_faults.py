@@ -220,8 +220,10 @@ async def test_durable_deleted(server: Server, nc: Client, chance: random.Random
             await request(nc, "CONSUMER.DELETE.orders_stream.processor")
             working.expose()
             await durable_info(nc, "orders_stream", "processor")
-            working.expose(0.3)  # lines come a little late
+            working.expose(1)  # lines come a little late
         print(await settled(nc, working, published))
+        complaints = {line for script in working.all for line in script.found("orders_stream: (.*); trying again")}
+        assert complaints <= {"409 Consumer Deleted", "503 no responders"}
 
 
 async def test_stream_deleted_and_created_again(server: Server, nc: Client, chance: random.Random, soak: int) -> None:
