@@ -3,8 +3,9 @@
 One message in, one message out. A slot asks with a pull request for one message, works on it, and
 acknowledges it with `+NXT`, which is an ack and the next pull request in one; the answer, the next message
 or a status, comes to the slot's own inbox and is what confirms the ack. There is one slot more than
-hands to work, so that the next message is on its way while this one is worked on: that is all the prefetch
-there is. Whatever is held is kept alive with `+WPI`, so that work may take longer than the ack wait.
+hands to work, so that the next message is on its way while this one is worked on. With a server near by that is all
+the prefetch there is; with a far one there are as many slots more as it takes to keep the hands busy with short work.
+Whatever is held is kept alive with `+WPI`, so that work may take longer than the ack wait.
 
 On several replicas that answer comes before a majority of them has the ack, and a new leader would send the message
 again. There an ack and the next pull request are two requests: the server answers a plain ack when a majority has it.
@@ -15,6 +16,7 @@ Source: https://docs.nats.io/reference/reference-protocols/nats_api_reference (M
 import asyncio
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
@@ -48,6 +50,11 @@ ANSWER = 1.0  # seconds for the answer to any other request
 # Seconds without a pull request after a server or a leader was away: longer than it takes every process to repeat its
 # acks, so that they are there before a message whose ack wait is over is sent again.
 HOLD_BACK = 3.0
+
+FAR = 0.005  # seconds of the shortest round trip from which on one message ahead may be too few
+WAIT = 0.4  # seconds that a message may wait for a hand, as far as the last work tells
+FADE = 0.95  # what is left of the longest work, from one message to the next
+MOST_SLOTS = 128  # where the concurrency doesn't ask for more: all processes together have 512 pull requests
 
 # What passes by itself: no answer, no leader, no connection.
 PASSING = (
@@ -105,20 +112,31 @@ async def attempt(work: Coroutine[Any, Any, None], time_limit: float) -> BaseExc
         time_limit: seconds after which it is cancelled and has failed. Heartbeats would keep it for ever.
 
     """
+    loop = asyncio.get_running_loop()
+    outcome: asyncio.Future[BaseException | None] = loop.create_future()
 
-    async def outcome() -> BaseException | None:
+    def settle(error: BaseException | None) -> None:
+        if not outcome.done():
+            outcome.set_result(error)
+
+    async def to_its_end() -> None:
         try:
             await work
         except BaseException as error:
-            return error
-        return None
+            settle(error)
+        else:
+            settle(None)
 
-    task = asyncio.create_task(outcome())
-    await asyncio.wait([task], timeout=time_limit)
-    if task.done():
-        return task.result()
-    task.cancel()  # not awaited: work that ignores it would be kept for ever, too
-    return TimeoutError(f"not done within the time limit of {time_limit:g} s")
+    def expire() -> None:
+        settle(TimeoutError(f"not done within the time limit of {time_limit:g} s"))
+        task.cancel()  # not awaited: work that ignores it would be kept for ever, too
+
+    task = asyncio.create_task(to_its_end())
+    timer = loop.call_later(time_limit, expire)
+    try:
+        return await outcome
+    finally:
+        timer.cancel()
 
 
 async def retry(call: Callable[[], Awaitable[T]], what: str, give_up: Callable[[Exception], bool]) -> T:
@@ -174,12 +192,16 @@ class Worker:
         self._stream = stream
         self._config = config
         self._handle = handle
-        self._slots = concurrency + 1
+        self._concurrency = concurrency
         self._hands = asyncio.Semaphore(concurrency)
+        self._slots = 0
+        self._round_trip = math.inf  # the shortest one of this connection
+        self._longest = 0.0  # seconds of work, of late
         self._stop = stop
         self._durable = config.durable_name or ""
         self._next = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{self._durable}"
         self._pull = json.dumps({"batch": 1, "expires": int(EXPIRES * 1e9)}).encode()
+        self._ack_and_pull = b"+NXT " + self._pull
         self._held: dict[str, Msg] = {}  # by ack subject: what is worked on, or waits for a hand or a confirmation
         self._waiting: dict[Answers, float] = {}  # the slots that wait for an answer, and until when
         self._troubled: set[Answers] = set()  # the slots whose last answer was no good
@@ -211,13 +233,25 @@ class Worker:
         async with asyncio.TaskGroup() as tasks:
             ticking = tasks.create_task(self._tick(ack_wait / 3))
             async with asyncio.TaskGroup() as slots:
-                for _ in range(self._slots):
-                    slots.create_task(self._slot(tally))
+                for _ in range(self._concurrency + 1):
+                    self._add_slot(slots, tally)
             ticking.cancel()
         return tally
 
-    async def _slot(self, tally: Counter[bytes]) -> None:
-        """Ask, work, acknowledge and ask again, until the stop."""
+    def _add_slot(self, slots: asyncio.TaskGroup, tally: Counter[bytes]) -> None:
+        self._slots += 1
+        slots.create_task(self._slot(slots, tally))
+
+    def _most_slots(self) -> int:
+        """Return how many slots there may be, so that no message waits for long if work takes as long as of late."""
+        fewest = self._concurrency + 1
+        if self._round_trip < FAR:
+            return fewest
+        ahead = int(WAIT * self._concurrency / max(self._longest, 1e-6))
+        return max(fewest, min(self._concurrency + ahead, MOST_SLOTS))
+
+    async def _slot(self, slots: asyncio.TaskGroup, tally: Counter[bytes]) -> None:
+        """Ask, work, acknowledge and ask again, until the stop, or until there are more slots than it takes."""
         loop = asyncio.get_running_loop()
         answers: Answers = asyncio.Queue()
 
@@ -227,22 +261,26 @@ class Worker:
             answers.put_nowait(answer)
 
         inbox = self._nc.new_inbox()
-        await self._nc.subscribe(inbox, cb=arrived)
+        subscription = await self._nc.subscribe(inbox, cb=arrived)
+        surplus = False
         acked: Msg | None = None  # what is done, as long as no answer has confirmed its ack
         pause = TICK
-        while not (self._stop.is_set() and answers.empty()):
+        while not ((surplus or self._stop.is_set()) and answers.empty()):
             if acked and acked.reply not in self._held:
                 acked = None
             if acked and not answers.empty():  # a late answer to an earlier request confirms nothing
                 await self._confirm(acked, ACK)
                 acked = None
+            asked_at = loop.time()
             if acked and self._replicated:
                 _, answer = await asyncio.gather(self._confirm(acked, ACK), self._ask(inbox, None, answers))
                 acked = None
             else:
                 answer = await self._ask(inbox, acked, answers)
             trouble = _trouble(answer)
-            if trouble:
+            if not (answer and answer.reply) and self._slots > self._concurrency + 1:
+                surplus = True  # nothing is waiting, or something is wrong, of which the other slots take care
+            elif trouble:
                 self._unwell(answers, trouble)
             elif answer:
                 self._well(answers)
@@ -251,16 +289,23 @@ class Worker:
                     await self._confirm(acked, ACK, doubtful=True)
                 self._held.pop(acked.reply, None)
                 acked = None
-            if trouble or not answer:
+            if surplus:
+                self._troubled.discard(answers)
+            elif trouble or not answer:
                 await self._recover(answers, pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
             else:
                 pause = TICK
             if answer and answer.reply:
                 arrived_at = loop.time()
+                self._round_trip = min(self._round_trip, arrived_at - asked_at)
+                if not self._hands.locked() and self._slots < self._most_slots() and answer.metadata.num_pending:
+                    self._add_slot(slots, tally)
                 async with self._hands:
+                    began_at = loop.time()
                     verdict = await self._work(answer)
                 tally[verdict] += 1
+                self._longest = max(loop.time() - began_at, FADE * self._longest)
                 if verdict == ACK and loop.time() > arrived_at + SAME_STREAM:
                     await self._confirm(answer, ACK, doubtful=True)
                 elif verdict == ACK and answer.reply in self._held:
@@ -269,10 +314,14 @@ class Worker:
                     await self._confirm(answer, TERM)
                 else:
                     self._held.pop(answer.reply, None)
-            elif answer:
+                surplus = self._slots > self._most_slots()
+            elif answer and not surplus:
                 await asyncio.sleep(TICK)  # for the case that statuses come at once, one after the other
+        self._slots -= 1
         if acked:
             await self._confirm(acked, ACK)
+        with suppress(Error):
+            await subscription.unsubscribe()
 
     async def _work(self, message: Msg) -> bytes:
         try:
@@ -294,7 +343,7 @@ class Worker:
         if answers.empty() and not self._stop.is_set():
             with suppress(OutboundBufferLimitError):
                 if acked:
-                    await self._nc.publish(acked.reply, b"+NXT " + self._pull, reply=inbox)
+                    await self._nc.publish(acked.reply, self._ack_and_pull, reply=inbox)
                 else:
                     await self._nc.publish(self._next, self._pull, reply=inbox)
         self._waiting[answers] = asyncio.get_running_loop().time() + EXPIRES + LATE
@@ -313,6 +362,8 @@ class Worker:
             now = loop.time()
             reconnected = reconnects != self._nc.stats["reconnects"]
             reconnects = self._nc.stats["reconnects"]
+            if reconnected:
+                self._round_trip = math.inf
             for answers, deadline in list(self._waiting.items()):
                 if reconnected or now > deadline:
                     del self._waiting[answers]

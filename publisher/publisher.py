@@ -2,6 +2,7 @@
 
 Usage:
     python publisher/publisher.py orders.new
+    python publisher/publisher.py orders.new --interval 0 --input orders.txt
 """
 
 import argparse
@@ -9,58 +10,38 @@ import asyncio
 import logging
 import sys
 import uuid
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import nullcontext, suppress
 
 from nats.aio.client import Client
-from nats.errors import Error
 from nats.js.errors import NotFoundError
 
 from jobqueue.connection import connect
-from jobqueue.script import Failure, number, reason, start, stop_on_signal, subject, whole
-from jobqueue.worker import PASSING, retry
+from jobqueue.lines import lines, opened
+from jobqueue.publish import Message, publish, publish_many
+from jobqueue.script import Failure, number, start, stop_on_signal, subject, whole
+from jobqueue.worker import PASSING
 
 log = logging.getLogger("publisher")
-
-PUBLISH_TIMEOUT = 5.0  # seconds for one attempt
-RETRY_FOR = 30.0  # seconds, and one more attempt; well within the stream's duplicate window
-STREAM_FULL = 10077  # JetStream's error code
 
 
 def parse_args() -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(description="Publish orders to a JetStream stream.")
     parser.add_argument("subject", type=subject, help="where to, such as orders.new")
-    parser.add_argument("--count", type=whole(1), default=20, help="how many orders (default: 20)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--count", type=whole(1), default=20, help="how many orders (default: 20)")
+    which.add_argument("--input", metavar="FILE", help="publish each line of a file instead; - is standard input")
     parser.add_argument("--interval", type=number(0), default=1.0, help="seconds between them (default: 1.0)")
     return parser.parse_args()
 
 
-async def publish(nc: Client, subject: str, order: bytes, order_id: str, label: str) -> bool:
-    """Publish one order and return whether the server has stored it.
-
-    Args:
-        nc: the connection.
-        subject: where to.
-        order: the payload.
-        order_id: the same for every attempt, so that the server stores the order once
-            (https://docs.nats.io/using-nats/developer/develop_jetstream/model_deep_dive#message-deduplication).
-        label: the order's name in the log.
-
-    """
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + RETRY_FOR
-    headers = {"Nats-Msg-Id": order_id}
-    try:
-        await retry(
-            lambda: nc.jetstream().publish(subject, order, timeout=PUBLISH_TIMEOUT, headers=headers),
-            f"{label} is not published yet",
-            lambda fault: loop.time() > deadline or getattr(fault, "err_code", None) == STREAM_FULL,
-        )
-    except (Error, TimeoutError) as error:
-        log.error("%s is not published: %s", label, reason(error))
-        return False
-    log.info("published %s", label)
-    return True
+async def numbered(count: int, stop: asyncio.Event) -> AsyncIterator[bytes]:
+    """Yield the article's orders, until the stop."""
+    for i in range(count):
+        if stop.is_set():
+            break
+        yield b"order-%d" % i
 
 
 async def check_subject(nc: Client, subject: str) -> None:
@@ -77,20 +58,29 @@ async def check_subject(nc: Client, subject: str) -> None:
 async def run(options: argparse.Namespace) -> int:
     """Publish the orders and return the exit status: 1 if any of them is missing."""
     run_id = uuid.uuid4().hex
-    published = 0
-    async with connect(f"publisher_{options.subject}") as nc:
-        await check_subject(nc, options.subject)
-        with stop_on_signal() as stop:
-            for i in range(options.count):
-                published += await publish(
-                    nc, options.subject, f"order-{i}".encode(), f"{run_id}-{i}", f"order no. {i}"
-                )
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(stop.wait(), options.interval)
-                if stop.is_set():
-                    break
-    if published < options.count:
-        log.error("%d of %d orders are not published", options.count - published, options.count)
+    asked = published = 0
+
+    async def messages(payloads: AsyncIterator[bytes]) -> AsyncIterator[Message]:
+        nonlocal asked
+        async for payload in payloads:
+            asked += 1
+            yield Message(payload, f"{run_id}-{asked - 1}", f"order no. {asked - 1}")
+
+    with opened(options.input) if options.input else nullcontext(-1) as file:
+        async with connect(f"publisher_{options.subject}") as nc:
+            await check_subject(nc, options.subject)
+            with stop_on_signal() as stop:
+                payloads = lines(file, nc.max_payload, stop) if options.input else numbered(options.count, stop)
+                if options.interval == 0:
+                    published = await publish_many(nc, options.subject, messages(payloads))
+                else:
+                    async for message in messages(payloads):
+                        published += await publish(nc, options.subject, message)
+                        with suppress(TimeoutError):
+                            await asyncio.wait_for(stop.wait(), options.interval)
+    wanted = asked if options.input else options.count
+    if published < wanted:
+        log.error("%d of %d orders are not published", wanted - published, wanted)
         return 1
     return 0
 

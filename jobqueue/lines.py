@@ -1,0 +1,96 @@
+"""Read the lines of a file, a pipe or a terminal as a stream: never the whole of it, and a stop ends the waiting."""
+
+import asyncio
+import logging
+import os
+import stat
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
+
+from jobqueue.script import Failure, text
+
+log = logging.getLogger(__name__)
+
+CHUNK = 64 * 1024  # bytes
+
+
+@contextmanager
+def opened(file: str) -> Iterator[int]:
+    """Yield the file descriptor of a file; `-` is standard input.
+
+    Raises:
+        Failure: it cannot be read.
+
+    """
+    if file == "-":
+        yield 0
+        return
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.read(descriptor, 0)  # a directory can be opened
+    except OSError as error:
+        raise Failure(f"cannot read {text(file)}: {error.strerror}") from None
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+async def lines(descriptor: int, longest: int, stop: asyncio.Event) -> AsyncIterator[bytes]:
+    """Yield the lines of a file without their newline, until its end or the stop; empty ones are logged and skipped.
+
+    Args:
+        descriptor: the file.
+        longest: bytes of a line. Of a longer one it is only the first `longest` bytes and one more that come.
+        stop: the event that ends the reading.
+
+    Raises:
+        Failure: the file cannot be read any more.
+
+    """
+    number, rest, is_cut = 1, b"", False
+    while chunk := await _read(descriptor, stop):
+        *whole, rest = (rest + chunk).split(b"\n")
+        for line in whole:
+            if is_cut:
+                is_cut = False
+            elif line:
+                yield line[: longest + 1]
+            else:
+                log.warning("line %d is empty: skipped", number)
+            number += 1
+            if stop.is_set():
+                return
+        if is_cut:
+            rest = b""
+        elif len(rest) > longest:
+            yield rest[: longest + 1]
+            rest, is_cut = b"", True
+    if rest and not stop.is_set():
+        yield rest
+
+
+async def _read(descriptor: int, stop: asyncio.Event) -> bytes:
+    """Return what is there, waiting for it if need be; nothing at the end or the stop."""
+    kind = os.fstat(descriptor).st_mode
+    if stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind) or os.isatty(descriptor):
+        loop = asyncio.get_running_loop()
+        ready = asyncio.Event()
+        loop.add_reader(descriptor, ready.set)
+        waiting = [asyncio.create_task(event.wait()) for event in (ready, stop)]
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            loop.remove_reader(descriptor)
+            for task in waiting:
+                task.cancel()
+    else:
+        await asyncio.sleep(0)  # a regular file is always there; the others have their turn
+    if stop.is_set():
+        return b""
+    try:
+        with suppress(BlockingIOError):
+            return os.read(descriptor, CHUNK)
+    except OSError as error:
+        raise Failure(f"cannot read the orders: {error.strerror}") from None
+    return await _read(descriptor, stop)

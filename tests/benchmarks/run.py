@@ -1,0 +1,525 @@
+"""Measure the queue and its rivals in one run, and write RESULTS.md and results.svg beside this file.
+
+Every round runs one after the other all that is compared; a figure is the median of the rounds.
+
+Usage:
+    python -m tests.benchmarks.run [--rounds 3] [SECTION ...]
+"""
+
+import argparse
+import asyncio
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import psutil
+from nats.aio.client import Client
+from nats.errors import Error
+from nats.js.api import AckPolicy, ConsumerConfig
+from nats.js.errors import NotFoundError
+
+from tests.harness import (
+    BIN,
+    CONSUMER,
+    DLQ,
+    PUBLISHER,
+    ROOT,
+    Server,
+    clustered,
+    environment,
+    request,
+    serving,
+)
+from tests.proxy import proxied
+
+HERE = Path(__file__).parent
+QUEUE, QUEUE_ASYNCIO = "this queue, with uvloop", "this queue, with asyncio"
+EMPTY, TEN_MS = 0.0, 0.01
+BENCH = ["nats bench js consume", "nats bench js consume --doubleack"]
+WITHOUT_UVLOOP = (
+    "import sys, runpy; sys.modules['uvloop'] = None; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
+
+class Drain:
+    """What one drain has shown: orders a second, and of the worker processes MB at the peak and µs of CPU an order."""
+
+    def __init__(self, rate: float, first: float, memory: float, cpu: float, twice: int) -> None:
+        self.rate, self.first, self.memory, self.cpu, self.twice = rate, first, memory, cpu, twice
+
+
+def worker(who: str, concurrency: int, work_time: float) -> tuple[list[str], str, str]:
+    """Return the command of a worker, and the stream and the durable that it takes."""
+    ours = [*CONSUMER, "--failure-rate", "0", "--concurrency", str(concurrency), "--work-time", str(work_time)]
+    if who == QUEUE:
+        return [sys.executable, *ours], "orders_stream", "processor"
+    if who == QUEUE_ASYNCIO:
+        return [sys.executable, "-c", WITHOUT_UVLOOP, *ours], "orders_stream", "processor"
+    if who.startswith("nats bench"):
+        options = ["--stream", "orders_stream", "--consumer", "processor", "--filter", "orders.*", "--no-progress"]
+        options += ["--doubleack"] if "doubleack" in who else ["--no-doubleack"]
+        options += [f"--sleep={work_time}s"] if work_time else []
+        return [str(BIN / "nats"), "bench", "js", "consume", *options], "orders_stream", "processor"
+    stream, durable = ("taskiq", "taskiq") if who == "taskiq-nats" else ("orders_stream", "processor")
+    rival = who.removesuffix("-nats").lower()
+    return [sys.executable, "-m", "tests.benchmarks.rivals", rival, str(concurrency), str(work_time)], stream, durable
+
+
+async def fill(nc: Client, count: int) -> None:
+    """Put orders into orders_stream."""
+    js = nc.jetstream()
+    for first in range(0, count, 2000):
+        last = min(first + 2000, count)
+        await asyncio.gather(*[await js.publish_async("orders.new", b"order-%d" % i) for i in range(first, last)])
+
+
+async def fill_for(who: str, server: Server, nc: Client, count: int) -> None:
+    """Put orders where a worker takes them."""
+    if who == "taskiq-nats":
+        filled = await server.run(sys.executable, "-m", "tests.benchmarks.rivals", "enqueue", str(count))
+        assert filled.process.returncode == 0, filled.lines
+    else:
+        await fill(nc, count)
+
+
+@asynccontextmanager
+async def running(command: list[str], url: str, count: int = 1) -> AsyncIterator[list[psutil.Process]]:
+    """Run some of the same process, whose log goes to a file, as it would in production."""
+    with tempfile.TemporaryFile() as log:
+        env = environment(NATS_URL=url, PYTHONPATH=str(ROOT))
+        processes = [
+            await asyncio.create_subprocess_exec(
+                *command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+            for _ in range(count)
+        ]
+        try:
+            yield [psutil.Process(one.pid) for one in processes]
+        finally:
+            for one in processes:
+                with suppress(ProcessLookupError, psutil.NoSuchProcess):
+                    children = psutil.Process(one.pid).children(recursive=True)
+                    one.terminate()
+                    try:
+                        await asyncio.wait_for(one.wait(), 15)
+                    except TimeoutError:
+                        one.kill()
+                    for child in children:
+                        with suppress(psutil.NoSuchProcess):
+                            child.kill()
+                await one.wait()
+
+
+def used(processes: list[psutil.Process]) -> tuple[float, float]:
+    """Return the memory (MB) and the CPU time (s) of processes and their children."""
+    memory = cpu = 0.0
+    for top in processes:
+        for one in [top, *top.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                memory += one.memory_info().rss / 1e6
+                cpu += sum(one.cpu_times()[:2])
+    return memory, cpu
+
+
+async def drain(
+    nc: Client,
+    url: str,
+    who: str,
+    waiting: int,
+    concurrency: int,
+    work_time: float,
+    *,
+    processes: int = 1,
+    count: int | None = None,
+) -> Drain:
+    """Let workers take what is waiting, or the first `count` of it, and tell how they did."""
+    command, stream, durable = worker(who, concurrency, work_time)
+    if who.startswith("nats bench"):
+        command += ["--msgs", str(waiting)]
+    if durable == "processor":
+        await nc.jetstream().add_consumer(
+            stream,
+            ConsumerConfig(
+                durable_name=durable,
+                name=durable,
+                filter_subject="orders.*",
+                ack_policy=AckPolicy.EXPLICIT,
+                **({} if who.startswith("this queue") else {"ack_wait": 30}),  # type: ignore[arg-type]
+            ),
+        )
+    count = count or waiting
+    began = time.perf_counter()
+    first = done = 0
+    started = memory = cpu = cpu_at_first = 0.0
+    async with running(command, url, processes) as workers:
+        while done < count:
+            await asyncio.sleep(0.01 if waiting < 5000 else 0.02)
+            with suppress(NotFoundError, Error):
+                info = await request(nc, f"CONSUMER.INFO.{stream}.{durable}")
+                done = waiting - info["num_pending"] - info["num_ack_pending"]
+                memory_now, cpu = used(workers)
+                memory = max(memory, memory_now)
+                if done and not first:
+                    first, started, cpu_at_first = done, time.perf_counter(), cpu
+        ended = time.perf_counter()
+    twice = info["num_redelivered"]
+    await nc.jetstream().delete_consumer(stream, durable)
+    await request(nc, f"STREAM.PURGE.{stream}")
+    return Drain(
+        (done - first) / (ended - started), started - began, memory, (cpu - cpu_at_first) / (done - first) * 1e6, twice
+    )
+
+
+class Benchmark:
+    """The sections, and what they have measured so far: by table, row and column, the values of each round."""
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds = rounds
+        self.tables: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(
+            lambda: defaultdict(lambda: defaultdict(list))
+        )
+        self.twice = 0
+
+    def note(self, table: str, row: str, column: str, value: float) -> None:
+        """Keep a value, and show that it goes on."""
+        self.tables[table][row][column].append(value)
+        print(f"{table} | {row} | {column} | {value:.4g}", flush=True)
+
+    def figure(self, table: str, row: str, column: str) -> float:
+        """Return the median of the rounds."""
+        return statistics.median(self.tables[table][row][column])
+
+    def note_drain(self, table: str, row: str, column: str, found: Drain, *more: str) -> None:
+        """Keep the rate of a drain, and what else is asked for."""
+        self.note(table, row, column, found.rate)
+        for what, value in {
+            "MB": found.memory,
+            "µs of CPU an order": found.cpu,
+            "s to the first order": found.first,
+        }.items():
+            if what in more:
+                self.note(table, row, what, value)
+        if row.startswith("this queue"):
+            self.twice += found.twice
+
+    @asynccontextmanager
+    async def queue(self) -> AsyncIterator[tuple[Server, Client]]:
+        """Run a server with both streams."""
+        with tempfile.TemporaryDirectory() as directory:
+            async with serving(Path(directory)) as server:
+                await server.create_streams()
+                async with server.client() as nc:
+                    yield server, nc
+
+    async def empty(self) -> None:
+        """20,000 empty orders, one process."""
+        table = "20,000 empty orders, one process, concurrency 64: orders/s"
+        more = ("MB", "µs of CPU an order", "s to the first order")
+        rivals = [
+            QUEUE,
+            QUEUE_ASYNCIO,
+            "nats-py",
+            "taskiq-nats",
+            "FastStream",
+            "nats bench js consume",
+            "nats bench js consume --doubleack",
+        ]
+        for _ in range(self.rounds):
+            for who in rivals:
+                async with self.queue() as (server, nc):
+                    await fill_for(who, server, nc, 20_000)
+                    self.note_drain(table, who, "orders/s", await drain(nc, server.url, who, 20_000, 64, EMPTY), *more)
+
+    async def ten_ms(self) -> None:
+        """Orders of 10 ms at several concurrencies."""
+        table = "orders of 10 ms, one process: orders/s"
+        for _ in range(self.rounds):
+            for concurrency, count in ((1, 500), (16, 2000), (128, 2000)):
+                for who in [QUEUE, QUEUE_ASYNCIO, "taskiq-nats", "nats bench js consume"]:
+                    if who.startswith("nats bench") and concurrency > 1:
+                        continue
+                    async with self.queue() as (server, nc):
+                        await fill_for(who, server, nc, count)
+                        found = await drain(nc, server.url, who, count, concurrency, TEN_MS)
+                        self.note_drain(table, who, f"concurrency {concurrency}", found)
+            began = time.perf_counter()
+            await asyncio.to_thread(subprocess.run, [sys.executable, "-c", SLEEPS], check=True)
+            self.note(
+                table,
+                "300 sleeps of 10 ms, without a queue",
+                "concurrency 1",
+                300 / (time.perf_counter() - began - self.python),
+            )
+
+    async def processes(self) -> None:
+        """One, two and four processes."""
+        table = "orders of 10 ms, concurrency 1: orders/s"
+        for _ in range(self.rounds):
+            for count in (1, 2, 4):
+                async with self.queue() as (server, nc):
+                    await fill(nc, 400 * count)
+                    found = await drain(nc, server.url, QUEUE, 400 * count, 1, TEN_MS, processes=count)
+                    self.note_drain(table, QUEUE, f"processes: {count}", found)
+
+    async def publishing(self) -> None:
+        """20,000 orders to publish."""
+        table = "publishing 20,000 orders: orders/s"
+        nats = [str(BIN / "nats"), "bench", "js", "pub"]
+        bench = ["orders.new", "--stream", "orders_stream", "--msgs", "20000", "--size", "10", "--no-progress"]
+        ours = [*PUBLISHER, "--count", "20000", "--interval"]
+        ways = {
+            f"{QUEUE}, pipelined": [sys.executable, *ours, "0"],
+            f"{QUEUE_ASYNCIO}, pipelined": [sys.executable, "-c", WITHOUT_UVLOOP, *ours, "0"],
+            f"{QUEUE}, one by one": [sys.executable, *ours, "0.000001"],
+            "nats bench js pub sync": [*nats, "sync", *bench],
+            "nats bench js pub async": [*nats, "async", *bench],
+        }
+        for _ in range(self.rounds):
+            for who, command in ways.items():
+                async with self.queue() as (server, nc):
+                    first = last = 0.0
+                    stored = 0
+                    async with running(command, server.url):
+                        while stored < 20_000:
+                            await asyncio.sleep(0.005)
+                            stored = (await nc.jetstream().stream_info("orders_stream")).state.messages
+                            last = time.perf_counter()
+                            if stored and not first:
+                                first, at_first = last, stored
+                    self.note(table, who, "orders/s", (stored - at_first) / (last - first))
+
+    async def latency(self) -> None:
+        """From publish to received."""
+        table = "time from publish to received: ms"
+        for rate, count in ((1, 15), (200, 1000)):
+            async with self.queue() as (server, nc):
+                async with server.script(*CONSUMER, "--failure-rate", "0", "--work-time", "0") as consumer:
+                    await asyncio.sleep(1)
+                    sent = []
+                    for i in range(count):
+                        sent.append(asyncio.get_running_loop().time())
+                        await nc.jetstream().publish("orders.new", b"order-%d" % i)
+                        await asyncio.sleep(max(0, sent[0] + (i + 1) / rate - asyncio.get_running_loop().time()))
+                    await consumer.line("received .*", count)
+                    times = sorted(1000 * (at - when) for at, when in zip(consumer.times, sent, strict=True))
+                    self.note(table, f"{rate} orders/s", "median", statistics.median(times))
+                    self.note(table, f"{rate} orders/s", "99th percentile", times[int(0.99 * (len(times) - 1))])
+
+    async def growth(self) -> None:
+        """How it grows with the backlog."""
+        table = "waiting orders, empty, concurrency 64"
+        for waiting in (1000, 10_000, 100_000, 1_000_000):
+            for _ in range(self.rounds if waiting < 1_000_000 else 1):
+                async with self.queue() as (server, nc):
+                    await fill(nc, waiting)
+                    for _ in range(5 if waiting == 1000 else 1):
+                        if waiting == 1000:
+                            await request(nc, "STREAM.PURGE.orders_stream")
+                            await fill(nc, waiting)
+                        found = await drain(nc, server.url, QUEUE, waiting, 64, EMPTY, count=min(waiting, 50_000))
+                        self.note_drain(table, f"{waiting:,}", "orders/s", found, "MB", "s to the first order")
+
+    async def growth_of_dead_letters(self) -> None:
+        """How the DLQ processor grows with the dead letters: the first 2,000 of them."""
+        table = "dead letters, the first 1,000 of them"
+        for dead in (1000, 10_000, 100_000):
+            async with self.queue() as (server, nc):
+                await fill(nc, dead)
+                js = nc.jetstream()
+                config = ConsumerConfig(
+                    durable_name="processor", ack_policy=AckPolicy.EXPLICIT, max_deliver=1, max_ack_pending=-1
+                )
+                await js.add_consumer("orders_stream", config)
+                subscription = await js.pull_subscribe("", "processor", "orders_stream")
+                for _ in range(dead // 500):
+                    await subscription.fetch(500)
+                advisory = '{"stream":"orders_stream","consumer":"processor","stream_seq":%d,"deliveries":1}'
+                subject = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.orders_stream.processor"
+                for first in range(1, dead + 1, 1000):
+                    await asyncio.gather(
+                        *[await js.publish_async(subject, (advisory % i).encode()) for i in range(first, first + 1000)]
+                    )
+                began = time.perf_counter()
+                async with running([sys.executable, *DLQ], server.url) as dlq:
+                    left, first_at, memory, left_at_first = dead, 0.0, 0.0, dead
+                    while left > dead - 1000:
+                        await asyncio.sleep(0.01)
+                        left = (await js.stream_info("orders_stream")).state.messages
+                        memory = max(memory, used(dlq)[0])
+                        if left < dead and not first_at:
+                            first_at, left_at_first = time.perf_counter(), left
+                    rate = (left_at_first - left) / (time.perf_counter() - first_at)
+                self.note(table, f"{dead:,}", "orders/s", rate)
+                self.note(table, f"{dead:,}", "MB", memory)
+                self.note(table, f"{dead:,}", "s to the first order", first_at - began)
+
+    async def round_trips(self) -> None:
+        """Through a proxy that is slow."""
+        table = "orders of 10 ms, concurrency 1, through a slow network: orders/s"
+        for _ in range(self.rounds):
+            for milliseconds in (0, 20, 100):
+                async with self.queue() as (server, nc), proxied(server.port) as proxy:
+                    proxy.delay = milliseconds / 2000
+                    await fill(nc, 1000)
+                    found = await drain(nc, proxy.url if milliseconds else server.url, QUEUE, 1000, 1, TEN_MS)
+                    self.note_drain(table, QUEUE, f"{milliseconds} ms of round trip", found)
+
+    async def replicas(self) -> None:
+        """On three replicas."""
+        table = "three replicas, all on this machine, one process: orders/s"
+        for _ in range(self.rounds):
+            with tempfile.TemporaryDirectory() as directory:
+                async with clustered(Path(directory)) as (cluster, nc):
+                    for what, count, concurrency, work_time in (
+                        ("empty, concurrency 64", 5000, 64, EMPTY),
+                        ("10 ms, concurrency 1", 300, 1, TEN_MS),
+                    ):
+                        await fill(nc, count)
+                        found = await drain(nc, cluster.url, QUEUE, count, concurrency, work_time)
+                        self.note_drain(table, QUEUE, what, found)
+
+    @property
+    def python(self) -> float:
+        """Seconds that Python takes to start."""
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import asyncio"], check=True)
+        return time.perf_counter() - began
+
+
+SLEEPS = "import asyncio\nasync def main():\n  for _ in range(300): await asyncio.sleep(0.01)\nasyncio.run(main())"
+
+
+def ratios(found: Benchmark) -> list[tuple[str, float, str]]:
+    """Return what must hold: what, the figure, and what it is to be."""
+    drained = "20,000 empty orders, one process, concurrency 64: orders/s"
+    ten_ms = "orders of 10 ms, one process: orders/s"
+    published = "publishing 20,000 orders: orders/s"
+    far = "orders of 10 ms, concurrency 1, through a slow network: orders/s"
+    many = "orders of 10 ms, concurrency 1: orders/s"
+    grown = "waiting orders, empty, concurrency 64"
+
+    def ratio(table: str, row: str, other: str, column: str) -> float:
+        return found.figure(table, row, column) / found.figure(table, other, column)
+
+    bench = found.figure(ten_ms, "nats bench js consume", "concurrency 1")
+    sleeps = found.figure(ten_ms, "300 sleeps of 10 ms, without a queue", "concurrency 1")
+    return [
+        ("empty orders, against taskiq-nats", ratio(drained, QUEUE, "taskiq-nats", "orders/s"), "3.0"),
+        ("empty orders, against nats-py by itself", ratio(drained, QUEUE, "nats-py", "orders/s"), "1.5"),
+        ("10 ms, concurrency 128, against taskiq-nats", ratio(ten_ms, QUEUE, "taskiq-nats", "concurrency 128"), "2.0"),
+        (
+            "10 ms, concurrency 1, against `nats bench js consume` with the same wait, or 1/(10 ms)",
+            found.figure(ten_ms, QUEUE, "concurrency 1") / min(bench, 100),
+            "0.95",
+        ),
+        (
+            "publishing pipelined, against `nats bench js pub sync`",
+            ratio(published, f"{QUEUE}, pipelined", "nats bench js pub sync", "orders/s"),
+            "4.0",
+        ),
+        (
+            "four processes against one",
+            found.figure(many, QUEUE, "processes: 4") / found.figure(many, QUEUE, "processes: 1"),
+            "3.9",
+        ),
+        ("rate at 1,000,000 waiting against 1,000", ratio(grown, "1,000,000", "1,000", "orders/s"), "0.9"),
+        ("peak memory at 1,000,000 waiting, MB", found.figure(grown, "1,000,000", "MB"), "at most 40"),
+        (
+            "through 100 ms of round trip, of what the work alone allows",
+            found.figure(far, QUEUE, "100 ms of round trip") / sleeps,
+            "0.9",
+        ),
+        ("orders of this queue delivered twice, in all of it", found.twice, "0"),
+    ]
+
+
+def report(found: Benchmark, minutes: float) -> str:
+    """Return the results as Markdown."""
+    nats_server = subprocess.run([BIN / "nats-server", "--version"], capture_output=True, text=True, check=True).stdout
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    text = [
+        "# What the benchmark found",
+        "",
+        f"`python -m tests.benchmarks.run`, {minutes:.0f} minutes, medians of {found.rounds} rounds."
+        f" {os.cpu_count()} cores ({cpu[1] if cpu else platform.processor()}), {psutil.virtual_memory().total / 2**30:.0f} GiB,"
+        f" {platform.system()} {platform.release()}, Python {platform.python_version()}, {nats_server.strip()};"
+        " everything on this one machine. Figures of two runs differ, the ratios hardly do.",
+    ]
+    with suppress(KeyError, statistics.StatisticsError):
+        text += ["", "| what | ratio or figure | wanted |", "|---|---|---|"]
+        text += [f"| {what} | {value:.3g} | {wanted} |" for what, value, wanted in ratios(found)]
+    for table, rows in found.tables.items():
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        text += [
+            "",
+            f"## {table[0].upper()}{table[1:]}",
+            "",
+            "| | " + " | ".join(columns) + " |",
+            "|---" * (len(columns) + 1) + "|",
+        ]
+        for row, values in rows.items():
+            cells = (f"{statistics.median(values[column]):,.4g}" if values[column] else "" for column in columns)
+            text.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(text) + "\n"
+
+
+def chart(found: Benchmark, file: Path) -> None:
+    """Draw the tables whose figures are orders a second."""
+    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "benchmark", "font.family": "sans-serif"})
+    tables = ["20,000 empty orders, one process, concurrency 64: orders/s", "publishing 20,000 orders: orders/s"]
+    figure, plots = plt.subplots(len(tables), figsize=(9, 6), layout="constrained")
+    for plot, table in zip(plots, tables, strict=True):
+        rows = list(reversed(found.tables[table]))
+        rates = [found.figure(table, row, "orders/s") for row in rows]
+        colors = ["#27aae1" if row.startswith("this queue") else "#b0b7bf" for row in rows]
+        plot.bar_label(plot.barh(rows, rates, color=colors), fmt="{:,.0f}", padding=3)
+        plot.set_title(table, loc="left", fontsize=11)
+        plot.set_xlim(0, 1.12 * max(rates))
+        plot.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, metadata={"Date": None})
+
+
+def main() -> None:
+    """Run the sections."""
+    parser = argparse.ArgumentParser(description="Measure the queue and its rivals.")
+    parser.add_argument("--rounds", type=int, default=3)
+    sections = [
+        "empty",
+        "ten_ms",
+        "processes",
+        "publishing",
+        "latency",
+        "growth",
+        "growth_of_dead_letters",
+        "round_trips",
+        "replicas",
+    ]
+    parser.add_argument("sections", nargs="*", default=SECTIONS, help="nothing is written unless all of them are run")
+    options = parser.parse_args()
+    benchmark = Benchmark(options.rounds)
+    began = time.monotonic()
+
+    async def run() -> None:
+        for section in options.sections:
+            await getattr(benchmark, section)()
+
+    asyncio.run(run())
+    text = report(benchmark, (time.monotonic() - began) / 60)
+    print(text)
+    if options.sections == SECTIONS:
+        (HERE / "RESULTS.md").write_text(text)
+        chart(benchmark, HERE / "results.svg")
+
+
+if __name__ == "__main__":
+    main()
