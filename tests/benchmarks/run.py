@@ -45,31 +45,37 @@ from tests.proxy import proxied
 HERE = Path(__file__).parent
 QUEUE, QUEUE_ASYNCIO = "this queue, with uvloop", "this queue, with asyncio"
 EMPTY, TEN_MS = 0.0, 0.01
-BENCH = ["nats bench js consume", "nats bench js consume --doubleack"]
-WITHOUT_UVLOOP = (
-    "import sys, runpy; sys.modules['uvloop'] = None; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
+IDLE = ("--failure-rate", "0", "--work-time", "0")
+SECTIONS = [
+    *("empty", "ten_ms", "processes", "publishing", "latency"),
+    *("growth", "growth_of_dead_letters", "round_trips", "replicas"),
+]
+# Runs a script without some modules: aiohttp is there for taskiq, and nats-py takes it up wherever it is.
+WITHOUT = (
+    "import sys, runpy; sys.modules.update(dict.fromkeys(sys.argv[1].split(','))); sys.argv = sys.argv[2:];"
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
 )
 
 
 class Drain:
-    """What one drain has shown: orders a second, and of the worker processes MB at the peak and µs of CPU an order."""
+    """What one drain has shown, from a tenth of it on: orders a second, and the processes' peak MB and µs an order."""
 
     def __init__(self, rate: float, first: float, memory: float, cpu: float, twice: int) -> None:
         self.rate, self.first, self.memory, self.cpu, self.twice = rate, first, memory, cpu, twice
+
+
+def script(*command: str, uvloop: bool = True) -> list[str]:
+    """Return the command that runs one of the project's scripts as it is installed by default, or with uvloop."""
+    return [sys.executable, "-c", WITHOUT, "aiohttp" if uvloop else "aiohttp,uvloop", *command]
 
 
 def worker(who: str, concurrency: int, work_time: float) -> tuple[list[str], str, str]:
     """Return the command of a worker, and the stream and the durable that it takes."""
     ours = [*CONSUMER, "--failure-rate", "0", "--concurrency", str(concurrency), "--work-time", str(work_time)]
     if who == QUEUE:
-        return [sys.executable, *ours], "orders_stream", "processor"
+        return script(*ours), "orders_stream", "processor"
     if who == QUEUE_ASYNCIO:
-        return [sys.executable, "-c", WITHOUT_UVLOOP, *ours], "orders_stream", "processor"
-    if who.startswith("nats bench"):
-        options = ["--stream", "orders_stream", "--consumer", "processor", "--filter", "orders.*", "--no-progress"]
-        options += ["--doubleack"] if "doubleack" in who else ["--no-doubleack"]
-        options += [f"--sleep={work_time}s"] if work_time else []
-        return [str(BIN / "nats"), "bench", "js", "consume", *options], "orders_stream", "processor"
+        return script(*ours, uvloop=False), "orders_stream", "processor"
     stream, durable = ("taskiq", "taskiq") if who == "taskiq-nats" else ("orders_stream", "processor")
     rival = who.removesuffix("-nats").lower()
     return [sys.executable, "-m", "tests.benchmarks.rivals", rival, str(concurrency), str(work_time)], stream, durable
@@ -124,11 +130,24 @@ def used(processes: list[psutil.Process]) -> tuple[float, float]:
     """Return the memory (MB) and the CPU time (s) of processes and their children."""
     memory = cpu = 0.0
     for top in processes:
-        for one in [top, *top.children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):
+        with suppress(psutil.NoSuchProcess):
+            for one in [top, *top.children(recursive=True)]:
                 memory += one.memory_info().rss / 1e6
                 cpu += sum(one.cpu_times()[:2])
     return memory, cpu
+
+
+async def bench(server: Server, nc: Client, *arguments: str) -> float:
+    """Return what natscli's own benchmark says of itself: messages a second."""
+    options = ["--consumer=processor", "--filter=orders.*"]
+    if "pub" in arguments:
+        options = ["orders.new", "--size=10"]
+    else:
+        config = ConsumerConfig(durable_name="processor", filter_subject="orders.*", ack_policy=AckPolicy.EXPLICIT)
+        await nc.jetstream().add_consumer("orders_stream", config)
+    natscli = await server.run("nats", "bench", "js", *arguments, *options, "--stream=orders_stream", "--no-progress")
+    (rate,) = re.findall(r"stats: ([\d,]+) msgs/sec", "\n".join(natscli.lines))
+    return float(rate.replace(",", ""))
 
 
 async def drain(
@@ -144,8 +163,6 @@ async def drain(
 ) -> Drain:
     """Let workers take what is waiting, or the first `count` of it, and tell how they did."""
     command, stream, durable = worker(who, concurrency, work_time)
-    if who.startswith("nats bench"):
-        command += ["--msgs", str(waiting)]
     if durable == "processor":
         await nc.jetstream().add_consumer(
             stream,
@@ -160,16 +177,17 @@ async def drain(
     count = count or waiting
     began = time.perf_counter()
     first = done = 0
-    started = memory = cpu = cpu_at_first = 0.0
+    begun = started = memory = cpu = cpu_at_first = 0.0
     async with running(command, url, processes) as workers:
         while done < count:
-            await asyncio.sleep(0.01 if waiting < 5000 else 0.02)
+            await asyncio.sleep(0.01 if waiting < 5000 else 0.05)
             with suppress(NotFoundError, Error):
                 info = await request(nc, f"CONSUMER.INFO.{stream}.{durable}")
                 done = waiting - info["num_pending"] - info["num_ack_pending"]
                 memory_now, cpu = used(workers)
                 memory = max(memory, memory_now)
-                if done and not first:
+                begun = begun or (time.perf_counter() if done else 0.0)
+                if done > count / 10 and not first:
                     first, started, cpu_at_first = done, time.perf_counter(), cpu
         ended = time.perf_counter()
     twice = info["num_redelivered"]
@@ -231,27 +249,32 @@ class Benchmark:
             "nats-py",
             "taskiq-nats",
             "FastStream",
-            "nats bench js consume",
-            "nats bench js consume --doubleack",
         ]
         for _ in range(self.rounds):
             for who in rivals:
                 async with self.queue() as (server, nc):
                     await fill_for(who, server, nc, 20_000)
                     self.note_drain(table, who, "orders/s", await drain(nc, server.url, who, 20_000, 64, EMPTY), *more)
+            for ack in ("--no-doubleack", "--doubleack"):
+                async with self.queue() as (server, nc):
+                    await fill(nc, 20_000)
+                    rate = await bench(server, nc, "consume", "--msgs=20000", ack)
+                    self.note(table, f"nats bench js consume {ack}", "orders/s", rate)
 
     async def ten_ms(self) -> None:
         """Orders of 10 ms at several concurrencies."""
         table = "orders of 10 ms, one process: orders/s"
         for _ in range(self.rounds):
             for concurrency, count in ((1, 500), (16, 2000), (128, 2000)):
-                for who in [QUEUE, QUEUE_ASYNCIO, "taskiq-nats", "nats bench js consume"]:
-                    if who.startswith("nats bench") and concurrency > 1:
-                        continue
+                for who in [QUEUE, QUEUE_ASYNCIO, "taskiq-nats"]:
                     async with self.queue() as (server, nc):
                         await fill_for(who, server, nc, count)
                         found = await drain(nc, server.url, who, count, concurrency, TEN_MS)
                         self.note_drain(table, who, f"concurrency {concurrency}", found)
+            async with self.queue() as (server, nc):
+                await fill(nc, 500)
+                rate = await bench(server, nc, "consume", "--msgs=500", "--sleep=10ms", "--doubleack")
+                self.note(table, "nats bench js consume", "concurrency 1", rate)
             began = time.perf_counter()
             await asyncio.to_thread(subprocess.run, [sys.executable, "-c", SLEEPS], check=True)
             self.note(
@@ -267,22 +290,18 @@ class Benchmark:
         for _ in range(self.rounds):
             for count in (1, 2, 4):
                 async with self.queue() as (server, nc):
-                    await fill(nc, 400 * count)
-                    found = await drain(nc, server.url, QUEUE, 400 * count, 1, TEN_MS, processes=count)
+                    await fill(nc, 800 * count)
+                    found = await drain(nc, server.url, QUEUE, 800 * count, 1, TEN_MS, processes=count)
                     self.note_drain(table, QUEUE, f"processes: {count}", found)
 
     async def publishing(self) -> None:
         """20,000 orders to publish."""
         table = "publishing 20,000 orders: orders/s"
-        nats = [str(BIN / "nats"), "bench", "js", "pub"]
-        bench = ["orders.new", "--stream", "orders_stream", "--msgs", "20000", "--size", "10", "--no-progress"]
         ours = [*PUBLISHER, "--count", "20000", "--interval"]
         ways = {
-            f"{QUEUE}, pipelined": [sys.executable, *ours, "0"],
-            f"{QUEUE_ASYNCIO}, pipelined": [sys.executable, "-c", WITHOUT_UVLOOP, *ours, "0"],
-            f"{QUEUE}, one by one": [sys.executable, *ours, "0.000001"],
-            "nats bench js pub sync": [*nats, "sync", *bench],
-            "nats bench js pub async": [*nats, "async", *bench],
+            f"{QUEUE}, pipelined": script(*ours, "0"),
+            f"{QUEUE_ASYNCIO}, pipelined": script(*ours, "0", uvloop=False),
+            f"{QUEUE}, one by one": script(*ours, "0.000001"),
         }
         for _ in range(self.rounds):
             for who, command in ways.items():
@@ -297,23 +316,26 @@ class Benchmark:
                             if stored and not first:
                                 first, at_first = last, stored
                     self.note(table, who, "orders/s", (stored - at_first) / (last - first))
+            for how in ("sync", "async"):
+                async with self.queue() as (server, nc):
+                    rate = await bench(server, nc, "pub", how, "--msgs=20000")
+                    self.note(table, f"nats bench js pub {how}", "orders/s", rate)
 
     async def latency(self) -> None:
         """From publish to received."""
         table = "time from publish to received: ms"
         for rate, count in ((1, 15), (200, 1000)):
-            async with self.queue() as (server, nc):
-                async with server.script(*CONSUMER, "--failure-rate", "0", "--work-time", "0") as consumer:
-                    await asyncio.sleep(1)
-                    sent = []
-                    for i in range(count):
-                        sent.append(asyncio.get_running_loop().time())
-                        await nc.jetstream().publish("orders.new", b"order-%d" % i)
-                        await asyncio.sleep(max(0, sent[0] + (i + 1) / rate - asyncio.get_running_loop().time()))
-                    await consumer.line("received .*", count)
-                    times = sorted(1000 * (at - when) for at, when in zip(consumer.times, sent, strict=True))
-                    self.note(table, f"{rate} orders/s", "median", statistics.median(times))
-                    self.note(table, f"{rate} orders/s", "99th percentile", times[int(0.99 * (len(times) - 1))])
+            async with self.queue() as (server, nc), server.script(*CONSUMER, *IDLE) as consumer:
+                await asyncio.sleep(1)
+                sent = []
+                for i in range(count):
+                    sent.append(asyncio.get_running_loop().time())
+                    await nc.jetstream().publish("orders.new", b"order-%d" % i)
+                    await asyncio.sleep(max(0, sent[0] + (i + 1) / rate - asyncio.get_running_loop().time()))
+                await consumer.line("received .*", count)
+                times = sorted(1000 * (at - when) for at, when in zip(consumer.times, sent, strict=True))
+                self.note(table, f"{rate} orders/s", "median", statistics.median(times))
+                self.note(table, f"{rate} orders/s", "99th percentile", times[int(0.99 * (len(times) - 1))])
 
     async def growth(self) -> None:
         """How it grows with the backlog."""
@@ -330,27 +352,29 @@ class Benchmark:
                         self.note_drain(table, f"{waiting:,}", "orders/s", found, "MB", "s to the first order")
 
     async def growth_of_dead_letters(self) -> None:
-        """How the DLQ processor grows with the dead letters: the first 2,000 of them."""
+        """How the DLQ processor grows with the dead letters."""
         table = "dead letters, the first 1,000 of them"
         for dead in (1000, 10_000, 100_000):
             async with self.queue() as (server, nc):
                 await fill(nc, dead)
                 js = nc.jetstream()
                 config = ConsumerConfig(
-                    durable_name="processor", ack_policy=AckPolicy.EXPLICIT, max_deliver=1, max_ack_pending=-1
+                    durable_name="processor",
+                    ack_policy=AckPolicy.EXPLICIT,
+                    ack_wait=1,
+                    max_deliver=1,
+                    max_ack_pending=-1,
                 )
                 await js.add_consumer("orders_stream", config)
                 subscription = await js.pull_subscribe("", "processor", "orders_stream")
                 for _ in range(dead // 500):
                     await subscription.fetch(500)
-                advisory = '{"stream":"orders_stream","consumer":"processor","stream_seq":%d,"deliveries":1}'
-                subject = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.orders_stream.processor"
-                for first in range(1, dead + 1, 1000):
-                    await asyncio.gather(
-                        *[await js.publish_async(subject, (advisory % i).encode()) for i in range(first, first + 1000)]
-                    )
+                # The server notices that they are dead when it would deliver them once more.
+                while (await js.stream_info("orders_unprocessed")).state.messages < dead:
+                    with suppress(TimeoutError):
+                        await subscription.fetch(1, timeout=1)
                 began = time.perf_counter()
-                async with running([sys.executable, *DLQ], server.url) as dlq:
+                async with running(script(*DLQ), server.url) as dlq:
                     left, first_at, memory, left_at_first = dead, 0.0, 0.0, dead
                     while left > dead - 1000:
                         await asyncio.sleep(0.01)
@@ -411,7 +435,7 @@ def ratios(found: Benchmark) -> list[tuple[str, float, str]]:
     def ratio(table: str, row: str, other: str, column: str) -> float:
         return found.figure(table, row, column) / found.figure(table, other, column)
 
-    bench = found.figure(ten_ms, "nats bench js consume", "concurrency 1")
+    go = found.figure(ten_ms, "nats bench js consume", "concurrency 1")
     sleeps = found.figure(ten_ms, "300 sleeps of 10 ms, without a queue", "concurrency 1")
     return [
         ("empty orders, against taskiq-nats", ratio(drained, QUEUE, "taskiq-nats", "orders/s"), "3.0"),
@@ -419,7 +443,7 @@ def ratios(found: Benchmark) -> list[tuple[str, float, str]]:
         ("10 ms, concurrency 128, against taskiq-nats", ratio(ten_ms, QUEUE, "taskiq-nats", "concurrency 128"), "2.0"),
         (
             "10 ms, concurrency 1, against `nats bench js consume` with the same wait, or 1/(10 ms)",
-            found.figure(ten_ms, QUEUE, "concurrency 1") / min(bench, 100),
+            found.figure(ten_ms, QUEUE, "concurrency 1") / min(go, 100),
             "0.95",
         ),
         (
@@ -443,6 +467,11 @@ def ratios(found: Benchmark) -> list[tuple[str, float, str]]:
     ]
 
 
+def number(value: float) -> str:
+    """Return a figure with about three digits that count."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def report(found: Benchmark, minutes: float) -> str:
     """Return the results as Markdown."""
     nats_server = subprocess.run([BIN / "nats-server", "--version"], capture_output=True, text=True, check=True).stdout
@@ -451,13 +480,13 @@ def report(found: Benchmark, minutes: float) -> str:
         "# What the benchmark found",
         "",
         f"`python -m tests.benchmarks.run`, {minutes:.0f} minutes, medians of {found.rounds} rounds."
-        f" {os.cpu_count()} cores ({cpu[1] if cpu else platform.processor()}), {psutil.virtual_memory().total / 2**30:.0f} GiB,"
-        f" {platform.system()} {platform.release()}, Python {platform.python_version()}, {nats_server.strip()};"
+        f" {os.cpu_count()} cores ({cpu[1] if cpu else platform.processor()}),"
+        f" {psutil.virtual_memory().total / 2**30:.0f} GiB, {platform.system()} {platform.release()},"
+        f" Python {platform.python_version()}, {nats_server.strip()};"
         " everything on this one machine. Figures of two runs differ, the ratios hardly do.",
     ]
-    with suppress(KeyError, statistics.StatisticsError):
-        text += ["", "| what | ratio or figure | wanted |", "|---|---|---|"]
-        text += [f"| {what} | {value:.3g} | {wanted} |" for what, value, wanted in ratios(found)]
+    text += ["", "| what | ratio or figure | wanted |", "|---|---|---|"]
+    text += [f"| {what} | {value:.3g} | {wanted} |" for what, value, wanted in ratios(found)]
     for table, rows in found.tables.items():
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
         text += [
@@ -468,7 +497,7 @@ def report(found: Benchmark, minutes: float) -> str:
             "|---" * (len(columns) + 1) + "|",
         ]
         for row, values in rows.items():
-            cells = (f"{statistics.median(values[column]):,.4g}" if values[column] else "" for column in columns)
+            cells = (number(statistics.median(values[column])) if values[column] else "" for column in columns)
             text.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(text) + "\n"
 
@@ -493,17 +522,6 @@ def main() -> None:
     """Run the sections."""
     parser = argparse.ArgumentParser(description="Measure the queue and its rivals.")
     parser.add_argument("--rounds", type=int, default=3)
-    sections = [
-        "empty",
-        "ten_ms",
-        "processes",
-        "publishing",
-        "latency",
-        "growth",
-        "growth_of_dead_letters",
-        "round_trips",
-        "replicas",
-    ]
     parser.add_argument("sections", nargs="*", default=SECTIONS, help="nothing is written unless all of them are run")
     options = parser.parse_args()
     benchmark = Benchmark(options.rounds)
@@ -514,10 +532,8 @@ def main() -> None:
             await getattr(benchmark, section)()
 
     asyncio.run(run())
-    text = report(benchmark, (time.monotonic() - began) / 60)
-    print(text)
     if options.sections == SECTIONS:
-        (HERE / "RESULTS.md").write_text(text)
+        (HERE / "RESULTS.md").write_text(report(benchmark, (time.monotonic() - began) / 60))
         chart(benchmark, HERE / "results.svg")
 
 
