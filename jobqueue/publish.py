@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import NamedTuple
 
 from nats.aio.client import Client
@@ -122,9 +123,11 @@ async def publish_many(nc: Client, subject: str, messages: AsyncIterator[Message
             async for message in messages:
                 for _ in range(_pieces(message)):
                     await room.acquire()
-                # nats-py never lets go of what it cannot send at once.
-                if nc.is_connected and message.fits(nc):
-                    answer = await js.publish_async(subject, message.payload, headers={"Nats-Msg-Id": message.id})
+                answer = None
+                if nc.is_connected and message.fits(nc):  # nats-py never lets go of what it cannot send at once
+                    with suppress(Error):
+                        answer = await js.publish_async(subject, message.payload, headers={"Nats-Msg-Id": message.id})
+                if answer:
                     sent.put_nowait((message, answer, loop.time() + PUBLISH_TIMEOUT))
                 else:
                     tasks.create_task(again(message))

@@ -97,11 +97,11 @@ class Script:
 
 
 @asynccontextmanager
-async def started(*command: str | Path, **env: str) -> AsyncIterator[Script]:
+async def started(*command: str | Path, stdin: Any = asyncio.subprocess.DEVNULL, **env: str) -> AsyncIterator[Script]:
     """Run a process, which doesn't outlive the test."""
     process = await asyncio.create_subprocess_exec(
         *command,
-        stdin=asyncio.subprocess.DEVNULL,
+        stdin=stdin,
         stdout=PIPE,
         stderr=STDOUT,
         cwd=ROOT,
@@ -181,9 +181,9 @@ class Server:
         await self.start()
 
     @asynccontextmanager
-    async def script(self, *command: str, **env: str) -> AsyncIterator[Script]:
+    async def script(self, *command: str, stdin: Any = asyncio.subprocess.DEVNULL, **env: str) -> AsyncIterator[Script]:
         """Run one of the project's Python scripts on this server."""
-        async with started(sys.executable, *command, **{"NATS_URL": self.url, **env}) as script:
+        async with started(sys.executable, *command, stdin=stdin, **{"NATS_URL": self.url, **env}) as script:
             yield script
 
     async def run(self, *command: str | Path, **env: str) -> Script:

@@ -177,13 +177,53 @@ async def test_an_order_that_takes_longer_than_the_ack_wait_is_done_once(server:
     assert (await durable_info(nc, "orders_stream", "processor"))["delivered"]["consumer_seq"] == 2
 
 
+async def held(nc: Client) -> int:
+    found: int = (await durable_info(nc, "orders_stream", "processor"))["num_ack_pending"]
+    return found
+
+
+async def test_a_far_server_has_more_orders_sent_ahead_and_none_twice(server: Server, nc: Client) -> None:
+    await publish(nc, *(b"order-%d" % i for i in range(1000)))
+    async with proxied(server.port) as proxy:
+        proxy.delay = 0.05  # seconds, each way
+        async with server.script(*CONSUMER, *NO_FAILURES, NATS_URL=proxy.url) as consumer:
+
+            async def is_busy() -> bool:
+                return await held(nc) >= 9  # ten of 10 ms in 100 ms
+
+            await until(is_busy)
+            assert await held(nc) <= 41  # so that none waits longer than 0.4 s
+            assert await consumer.stop() == 0
+            received = len(consumer.found("received .*"))
+    info = await durable_info(nc, "orders_stream", "processor")
+    assert (info["num_ack_pending"], info["delivered"]["consumer_seq"]) == (0, received)
+
+
+async def test_a_far_server_has_one_order_sent_ahead_when_work_is_long(
+    server: Server, nc: Client, tmp_path: Path
+) -> None:
+    body = """await asyncio.sleep(0.01 if order.data == b"short" else 0.3)
+    log.info("done")"""
+    script = with_body("consumer/consumer.py", "process", body, tmp_path)
+    await publish(nc, *[b"short"] * 200, *[b"long"] * 200)
+    async with proxied(server.port) as proxy:
+        proxy.delay = 0.05
+        async with server.script(script, *CONSUMER[1:], NATS_URL=proxy.url) as consumer:
+            await consumer.line("done", 100)
+            assert await held(nc) > 2
+            await consumer.line("done", 235)  # those that were sent ahead are done
+            assert await held(nc) <= 3
+            await consumer.line("done", 240)
+            assert await held(nc) <= 3
+
+
 # 4. The publisher is honest, and stores nothing twice.
 
 
 async def test_a_publish_whose_ack_is_lost_is_stored_once(server: Server, nc: Client) -> None:
     async with proxied(server.port) as proxy:
         proxy.swallow_first(b'"seq":')
-        publisher = await server.run(*PUBLISHER, "--count", "2", "--interval", "0", NATS_URL=proxy.url)
+        publisher = await server.run(*PUBLISHER, "--count", "2", "--interval", "0.001", NATS_URL=proxy.url)
     assert publisher.process.returncode == 0
     assert publisher.messages == [
         "connection lost; reconnecting",

@@ -37,7 +37,7 @@ broker = PullBasedJetStreamBroker(
 )
 
 
-@broker.task
+@broker.task(task_name="process")
 async def process(order: str) -> None:
     """Do the work of an order, as a taskiq task."""
     log.info("received %s", order)

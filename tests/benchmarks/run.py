@@ -3,7 +3,7 @@
 Every round runs one after the other all that is compared; a figure is the median of the rounds.
 
 Usage:
-    python -m tests.benchmarks.run [--rounds 3] [SECTION ...]
+    ./scripts/benchmark.sh [--rounds 3] [SECTION ...]
 """
 
 import argparse
@@ -99,8 +99,10 @@ async def fill_for(who: str, server: Server, nc: Client, count: int) -> None:
 
 
 @asynccontextmanager
-async def running(command: list[str], url: str, count: int = 1) -> AsyncIterator[list[psutil.Process]]:
-    """Run some of the same process, whose log goes to a file, as it would in production."""
+async def running(
+    command: list[str], url: str, count: int = 1, received: int = 0
+) -> AsyncIterator[list[psutil.Process]]:
+    """Run some of the same process, whose log goes to a file, and check that it has done what it is measured for."""
     with tempfile.TemporaryFile() as log:
         env = environment(NATS_URL=url, PYTHONPATH=str(ROOT))
         processes = [
@@ -124,6 +126,8 @@ async def running(command: list[str], url: str, count: int = 1) -> AsyncIterator
                         with suppress(psutil.NoSuchProcess):
                             child.kill()
                 await one.wait()
+        log.seek(0)
+        assert log.read().count(b"received ") >= received, "not all of the work was done"
 
 
 def used(processes: list[psutil.Process]) -> tuple[float, float]:
@@ -178,7 +182,7 @@ async def drain(
     began = time.perf_counter()
     first = done = 0
     begun = started = memory = cpu = cpu_at_first = 0.0
-    async with running(command, url, processes) as workers:
+    async with running(command, url, processes, count) as workers:
         while done < count:
             await asyncio.sleep(0.01 if waiting < 5000 else 0.05)
             with suppress(NotFoundError, Error):
@@ -479,7 +483,7 @@ def report(found: Benchmark, minutes: float) -> str:
     text = [
         "# What the benchmark found",
         "",
-        f"`python -m tests.benchmarks.run`, {minutes:.0f} minutes, medians of {found.rounds} rounds."
+        f"`./scripts/benchmark.sh`, {minutes:.0f} minutes, medians of {found.rounds} rounds."
         f" {os.cpu_count()} cores ({cpu[1] if cpu else platform.processor()}),"
         f" {psutil.virtual_memory().total / 2**30:.0f} GiB, {platform.system()} {platform.release()},"
         f" Python {platform.python_version()}, {nats_server.strip()};"

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Measures the queue and what it is compared with, and writes RESULTS.md and results.svg in tests/benchmarks/.
+# With arguments it is these sections only, and nothing is written:
+#
+#     ./scripts/benchmark.sh [--rounds 3] [SECTION ...]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+scripts/setup.sh
+# An environment of its own: what the others need would change what the tests run.
+[ -x .venv-bench/bin/python ] || .venv/bin/python -m venv .venv-bench
+.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+export PATH="$PATH:$PWD/.venv/bin" # where natscli may be
+exec .venv-bench/bin/python -m tests.benchmarks.run "$@"

@@ -1,0 +1,139 @@
+"""Many orders at a time, and orders from a file or a pipe."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from nats.aio.client import Client
+
+from tests.harness import PUBLISHER, Script, Server, messages, request
+from tests.proxy import proxied
+
+PIPELINED = (*PUBLISHER, "--interval", "0")
+
+
+async def payloads(nc: Client) -> list[bytes]:
+    """Return what orders_stream has, in order."""
+    js = nc.jetstream()
+    return [(await js.get_msg("orders_stream", i + 1)).data or b"" for i in range(await messages(nc, "orders_stream"))]
+
+
+async def test_many_orders_at_a_time_are_each_stored_and_told_once(server: Server, nc: Client) -> None:
+    publisher = await server.run(*PIPELINED, "--count", "5000")
+    assert publisher.process.returncode == 0
+    assert publisher.messages == [f"published order no. {i}" for i in range(5000)]
+    assert await messages(nc, "orders_stream") == 5000
+
+
+@pytest.mark.parametrize("lost", [b"order-300", b'"seq":300', b'"seq":999'])
+async def test_a_connection_that_is_lost_with_many_on_their_way_loses_and_doubles_none(
+    server: Server, nc: Client, lost: bytes
+) -> None:
+    async with proxied(server.port) as proxy:
+        swallowed = proxy.swallow_first(lost)
+        publisher = await server.run(*PIPELINED, "--count", "3000", NATS_URL=proxy.url)
+        assert swallowed.is_set()
+    assert publisher.process.returncode == 0, publisher.messages[-1]
+    told = publisher.found(r"published order no\. (\d+)")
+    assert sorted(told, key=int) == [str(i) for i in range(3000)]
+    assert sorted(await payloads(nc)) == sorted(b"order-%d" % i for i in range(3000))
+
+
+async def test_many_orders_at_a_time_that_are_not_stored_are_counted(server: Server, nc: Client) -> None:
+    config = (await request(nc, "STREAM.INFO.orders_stream"))["config"]
+    await request(nc, "STREAM.UPDATE.orders_stream", config | {"max_msgs": 100})
+    publisher = await server.run(*PIPELINED, "--count", "250")
+    assert publisher.process.returncode == 1
+    assert len(publisher.found("published order no. .*")) == 100 == await messages(nc, "orders_stream")
+    assert len(publisher.found(r"order no\. \d+ is not published: maximum messages exceeded .*")) == 150
+    assert publisher.messages[-1] == "150 of 250 orders are not published"
+
+
+@pytest.mark.parametrize("interval", ["0", "0.001"])
+async def test_orders_are_the_lines_of_a_file(server: Server, nc: Client, tmp_path: Path, interval: str) -> None:
+    file = tmp_path / "orders"
+    long = b"x" * 200_000
+    lines = [b"first", b"", b"\xff\x00\r", b" ", long, b"y" * 3_000_000, b"", b"after", b"the last, without a newline"]
+    file.write_bytes(b"\n".join(lines))
+    publisher = await server.run(*PUBLISHER, "--interval", interval, "--input", str(file))
+    assert publisher.process.returncode == 1
+    assert await payloads(nc) == [b"first", b"\xff\x00\r", b" ", long, b"after", lines[-1]]
+    assert publisher.found(r"line (\d) is empty: skipped") == ["2", "7"]
+    assert publisher.found(r"order no\. (\d) is not published: maximum payload exceeded") == ["4"]
+    assert publisher.messages[-1] == "1 of 7 orders are not published"
+
+
+async def test_an_order_of_the_largest_size_is_stored_and_a_larger_one_is_told(server: Server, nc: Client) -> None:
+    config = (await request(nc, "STREAM.INFO.orders_stream"))["config"]
+    await request(nc, "STREAM.UPDATE.orders_stream", config | {"max_msg_size": -1})
+    for size, status in ((2**20 - 100, 0), (2**20 - 10, 1)):  # what is beside it counts too
+        async with piped("--interval", "0", server=server) as (publisher, pipe):
+            await asyncio.to_thread(write, pipe, b"x" * size)
+            os.close(pipe)
+            assert await publisher.status() == status, publisher.messages
+            assert not publisher.found("connection lost.*")
+    assert await messages(nc, "orders_stream") == 1
+
+
+def write(pipe: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(pipe, data) :]
+
+
+@asynccontextmanager
+async def piped(*options: str, server: Server) -> AsyncIterator[tuple[Script, int]]:
+    """Run the publisher on standard input, and give the other end of that."""
+    reading, writing = os.pipe()
+    async with server.script(*PUBLISHER, *options, "--input", "-", stdin=reading) as script:
+        os.close(reading)
+        yield script, writing
+
+
+@pytest.mark.parametrize("interval", ["0", "0.001"])
+async def test_orders_from_a_pipe_are_published_as_they_come(server: Server, nc: Client, interval: str) -> None:
+    async with piped("--interval", interval, server=server) as (publisher, pipe):
+        os.write(pipe, b"one\ntw")
+        await publisher.line("published order no. 0")
+        os.write(pipe, b"o\nthree")
+        await publisher.line("published order no. 1")
+        os.close(pipe)
+        assert await publisher.status() == 0
+    assert await payloads(nc) == [b"one", b"two", b"three"]
+
+
+@pytest.mark.parametrize("interval", ["0", "0.001"])
+async def test_a_stop_ends_the_wait_for_more_orders(server: Server, nc: Client, interval: str) -> None:
+    async with piped("--interval", interval, server=server) as (publisher, pipe):
+        os.write(pipe, b"one\n")
+        await publisher.line("published order no. 0")
+        assert await publisher.stop(signal.SIGTERM) == 0
+        os.close(pipe)
+    assert await messages(nc, "orders_stream") == 1
+
+
+async def test_a_file_that_is_faster_than_the_server_waits(server: Server, nc: Client, tmp_path: Path) -> None:
+    """While the server takes nothing, little of the file is in memory."""
+    file = tmp_path / "orders"
+    file.write_bytes((b"x" * 1_000_000 + b"\n") * 200)
+    async with (
+        proxied(server.port) as proxy,
+        server.script(*PIPELINED, "--input", str(file), NATS_URL=proxy.url) as publisher,
+    ):
+        await publisher.line("published .*", 3)
+        proxy.stall()
+        await asyncio.sleep(2)  # time enough to read all of it
+        assert psutil.Process(publisher.process.pid).memory_info().rss < 100e6
+        proxy.mend()
+        assert await publisher.status() == 0
+    assert await messages(nc, "orders_stream") == 200
+
+
+async def test_what_cannot_be_read_is_told(server: Server, tmp_path: Path) -> None:
+    for file, why in ((tmp_path, "Is a directory"), (tmp_path / "none", "No such file or directory")):
+        publisher = await server.run(*PUBLISHER, "--input", str(file))
+        assert (publisher.process.returncode, publisher.messages) == (1, [f"cannot read {file}: {why}"])
