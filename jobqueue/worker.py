@@ -196,7 +196,7 @@ class Worker:
         self._hands = asyncio.Semaphore(concurrency)
         self._slots = 0
         self._round_trip = math.inf  # the shortest one of this connection
-        self._longest = 0.0  # seconds of work, of late
+        self._longest = math.inf  # seconds of work, of late
         self._stop = stop
         self._durable = config.durable_name or ""
         self._next = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{self._durable}"
@@ -242,6 +242,12 @@ class Worker:
         self._slots += 1
         slots.create_task(self._slot(slots, tally))
 
+    def _leave(self, most: int) -> bool:
+        """Return whether a slot is to end, since there are more than that."""
+        leaves = self._slots > most
+        self._slots -= leaves
+        return leaves
+
     def _most_slots(self) -> int:
         """Return how many slots there may be, so that no message waits for long if work takes as long as of late."""
         fewest = self._concurrency + 1
@@ -278,7 +284,7 @@ class Worker:
             else:
                 answer = await self._ask(inbox, acked, answers)
             trouble = _trouble(answer)
-            if not (answer and answer.reply) and self._slots > self._concurrency + 1:
+            if answer and not answer.reply and not surplus and self._leave(self._concurrency + 1):
                 surplus = True  # nothing is waiting, or something is wrong, of which the other slots take care
             elif trouble:
                 self._unwell(answers, trouble)
@@ -305,7 +311,8 @@ class Worker:
                     began_at = loop.time()
                     verdict = await self._work(answer)
                 tally[verdict] += 1
-                self._longest = max(loop.time() - began_at, FADE * self._longest)
+                took = loop.time() - began_at
+                self._longest = took if self._longest == math.inf else max(took, FADE * self._longest)
                 if verdict == ACK and loop.time() > arrived_at + SAME_STREAM:
                     await self._confirm(answer, ACK, doubtful=True)
                 elif verdict == ACK and answer.reply in self._held:
@@ -314,10 +321,9 @@ class Worker:
                     await self._confirm(answer, TERM)
                 else:
                     self._held.pop(answer.reply, None)
-                surplus = self._slots > self._most_slots()
+                surplus = surplus or self._leave(self._most_slots())
             elif answer and not surplus:
                 await asyncio.sleep(TICK)  # for the case that statuses come at once, one after the other
-        self._slots -= 1
         if acked:
             await self._confirm(acked, ACK)
         with suppress(Error):
