@@ -261,7 +261,11 @@ class Worker:
         loop = asyncio.get_running_loop()
         answers: Answers = asyncio.Queue()
 
+        arrived_at = 0.0
+
         async def arrived(answer: Msg) -> None:
+            nonlocal arrived_at
+            arrived_at = loop.time()
             if answer.reply:
                 self._held[answer.reply] = answer
             answers.put_nowait(answer)
@@ -277,7 +281,7 @@ class Worker:
             if acked and not answers.empty():  # a late answer to an earlier request confirms nothing
                 await self._confirm(acked, ACK)
                 acked = None
-            asked_at = loop.time()
+            asked_at = loop.time() if answers.empty() else -math.inf  # a late answer tells nothing of the way
             if acked and self._replicated:
                 _, answer = await asyncio.gather(self._confirm(acked, ACK), self._ask(inbox, None, answers))
                 acked = None
@@ -303,7 +307,6 @@ class Worker:
             else:
                 pause = TICK
             if answer and answer.reply:
-                arrived_at = loop.time()
                 self._round_trip = min(self._round_trip, arrived_at - asked_at)
                 if not self._hands.locked() and self._slots < self._most_slots() and answer.metadata.num_pending:
                     self._add_slot(slots, tally)
