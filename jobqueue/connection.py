@@ -73,7 +73,9 @@ class _Client(Client):
         await self._process_op_err(error)
 
     async def _attempt_reconnect(self) -> None:
-        """Drop what is unsent on a dead connection: nats-py waits until TCP gives up on it."""
+        """Drop what is unsent on a dead connection: nats-py waits until TCP gives up on it, or sends it much later."""
+        self._pending = []
+        self._pending_data_size = 0
         if isinstance(self._transport, TcpTransport) and self._transport._io_writer:
             self._transport._io_writer.transport.abort()
         await super()._attempt_reconnect()

@@ -3,9 +3,10 @@
 import asyncio
 import logging
 import os
+import select
 import stat
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from jobqueue.script import Failure, text
 
@@ -74,23 +75,29 @@ async def _read(descriptor: int, stop: asyncio.Event) -> bytes:
     """Return what is there, waiting for it if need be; nothing at the end or the stop."""
     kind = os.fstat(descriptor).st_mode
     if stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind) or os.isatty(descriptor):
-        loop = asyncio.get_running_loop()
-        ready = asyncio.Event()
-        loop.add_reader(descriptor, ready.set)
-        waiting = [asyncio.create_task(event.wait()) for event in (ready, stop)]
-        try:
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            loop.remove_reader(descriptor)
-            for task in waiting:
-                task.cancel()
+        while not (stop.is_set() or select.select([descriptor], [], [], 0)[0]):
+            await _ready(descriptor, stop)
     else:
         await asyncio.sleep(0)  # a regular file is always there; the others have their turn
     if stop.is_set():
         return b""
     try:
-        with suppress(BlockingIOError):
-            return os.read(descriptor, CHUNK)
+        return os.read(descriptor, CHUNK)
     except OSError as error:
         raise Failure(f"cannot read the orders: {error.strerror}") from None
-    return await _read(descriptor, stop)
+
+
+async def _ready(descriptor: int, stop: asyncio.Event) -> None:
+    """Wait until a pipe or a terminal has something, or for the stop."""
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    blocking = os.get_blocking(descriptor)
+    loop.add_reader(descriptor, ready.set)
+    os.set_blocking(descriptor, blocking)  # uvloop takes that away, and from a terminal's standard error too
+    waiting = [asyncio.create_task(event.wait()) for event in (ready, stop)]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        loop.remove_reader(descriptor)
+        for task in waiting:
+            task.cancel()

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from nats.aio.client import Client
-from nats.errors import Error, MaxPayloadError
+from nats.errors import ConnectionReconnectingError, Error, MaxPayloadError
 from nats.js.api import PubAck
 
 from jobqueue.script import Failure, reason
@@ -54,6 +54,8 @@ async def publish(nc: Client, subject: str, message: Message) -> bool:
     async def attempt() -> PubAck:
         if not message.fits(nc):
             raise MaxPayloadError
+        if not nc.is_connected:  # nats-py would send it later, perhaps when its id is forgotten
+            raise ConnectionReconnectingError
         return await nc.jetstream().publish(
             subject, message.payload, timeout=PUBLISH_TIMEOUT, headers={"Nats-Msg-Id": message.id}
         )

@@ -34,6 +34,13 @@ def start(run: Coroutine[None, None, int]) -> int:
 
     It runs on uvloop where that is installed (the extra `fast`). Logs go to standard error, in the article's format.
     """
+    for descriptor in range(
+        3
+    ):  # whoever is given the number of a closed one, the event loop say, would be taken for it
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%Y/%m/%d %H:%M:%S", level=logging.INFO)
     # Of each line's origin only the time is shown, so nothing else is looked up: that is a fifth of what a line costs
     # (https://docs.python.org/3/howto/logging.html#optimization).

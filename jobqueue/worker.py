@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.errors import Error, NoRespondersError, OutboundBufferLimitError
+from nats.errors import ConnectionReconnectingError, Error, NoRespondersError, OutboundBufferLimitError
 from nats.js.api import ConsumerConfig, ConsumerInfo
 from nats.js.errors import NoStreamResponseError, NotFoundError, ServerError, ServiceUnavailableError
 
@@ -53,7 +53,7 @@ HOLD_BACK = 3.0
 
 FAR = 0.005  # seconds of the shortest round trip from which on one message ahead may be too few
 WAIT = 0.4  # seconds that a message may wait for a hand, as far as the last work tells
-FADE = 0.95  # what is left of the longest work, from one message to the next
+FADE = 0.98  # what is left of the longest work, from one message that is done to the next
 MOST_SLOTS = 128  # where the concurrency doesn't ask for more: all processes together have 512 pull requests
 
 # What passes by itself: no answer, no leader, no connection.
@@ -61,6 +61,7 @@ PASSING = (
     TimeoutError,
     NoRespondersError,
     NoStreamResponseError,
+    ConnectionReconnectingError,
     OutboundBufferLimitError,
     ServiceUnavailableError,
     ServerError,
@@ -248,6 +249,12 @@ class Worker:
         self._slots -= leaves
         return leaves
 
+    def _note_work(self, seconds: float, verdict: bytes) -> None:
+        """Remember how long work takes; what failed at once tells nothing of that."""
+        if verdict == ACK:
+            self._longest = 0 if self._longest == math.inf else FADE * self._longest
+        self._longest = max(self._longest, seconds)
+
     def _most_slots(self) -> int:
         """Return how many slots there may be, so that no message waits for long if work takes as long as of late."""
         fewest = self._concurrency + 1
@@ -299,8 +306,10 @@ class Worker:
                     await self._confirm(acked, ACK, doubtful=True)
                 self._held.pop(acked.reply, None)
                 acked = None
-            if surplus:
+            if surplus and trouble:
                 self._troubled.discard(answers)
+            elif surplus:
+                self._well(answers)
             elif trouble or not answer:
                 await self._recover(answers, pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
@@ -314,8 +323,7 @@ class Worker:
                     began_at = loop.time()
                     verdict = await self._work(answer)
                 tally[verdict] += 1
-                took = loop.time() - began_at
-                self._longest = took if self._longest == math.inf else max(took, FADE * self._longest)
+                self._note_work(loop.time() - began_at, verdict)
                 if verdict == ACK and loop.time() > arrived_at + SAME_STREAM:
                     await self._confirm(answer, ACK, doubtful=True)
                 elif verdict == ACK and answer.reply in self._held:

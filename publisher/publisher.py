@@ -66,11 +66,11 @@ async def run(options: argparse.Namespace) -> int:
             asked += 1
             yield Message(payload, f"{run_id}-{asked - 1}", f"order no. {asked - 1}")
 
-    with opened(options.input) if options.input else nullcontext(-1) as file:
+    with opened(options.input) if options.input is not None else nullcontext(-1) as file:
         async with connect(f"publisher_{options.subject}") as nc:
             await check_subject(nc, options.subject)
             with stop_on_signal() as stop:
-                payloads = lines(file, nc.max_payload, stop) if options.input else numbered(options.count, stop)
+                payloads = numbered(options.count, stop) if file < 0 else lines(file, nc.max_payload, stop)
                 if options.interval == 0:
                     published = await publish_many(nc, options.subject, messages(payloads))
                 else:
@@ -78,7 +78,7 @@ async def run(options: argparse.Namespace) -> int:
                         published += await publish(nc, options.subject, message)
                         with suppress(TimeoutError):
                             await asyncio.wait_for(stop.wait(), options.interval)
-    wanted = asked if options.input else options.count
+    wanted = options.count if options.input is None else asked
     if published < wanted:
         log.error("%d of %d orders are not published", wanted - published, wanted)
         return 1

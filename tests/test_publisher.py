@@ -133,7 +133,21 @@ async def test_a_file_that_is_faster_than_the_server_waits(server: Server, nc: C
     assert await messages(nc, "orders_stream") == 200
 
 
+async def test_an_order_that_was_given_up_is_not_sent_later(server: Server, nc: Client) -> None:
+    async with (
+        proxied(server.port) as proxy,
+        server.script(*PUBLISHER, "--count", "3", "--interval", "2", NATS_URL=proxy.url) as publisher,
+    ):
+        await publisher.line("published order no. 0")
+        proxy.cut()
+        await publisher.line("order no. 1 is not published: connection reconnecting")
+        proxy.mend()
+        await publisher.line("published order no. 2")
+        assert await publisher.status() == 1
+    assert await payloads(nc) == [b"order-0", b"order-2"]
+
+
 async def test_what_cannot_be_read_is_told(server: Server, tmp_path: Path) -> None:
-    for file, why in ((tmp_path, "Is a directory"), (tmp_path / "none", "No such file or directory")):
+    for file, why in ((tmp_path, "Is a directory"), ("", "No such file or directory")):
         publisher = await server.run(*PUBLISHER, "--input", str(file))
         assert (publisher.process.returncode, publisher.messages) == (1, [f"cannot read {file}: {why}"])
