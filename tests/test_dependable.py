@@ -341,6 +341,11 @@ async def test_a_lost_connection_is_waited_out(server: Server, nc: Client) -> No
         await consumer.line("received order-0 .*")
         proxy.cut()
         await consumer.line("connection lost; reconnecting")
+
+        async def is_noticed() -> bool:
+            return "consumer_orders_stream" not in await server.connection_names()
+
+        await until(is_noticed)  # before that, the server would send the order there
         await publish(nc, b"order-1")
         proxy.mend()
         await consumer.line("connected again")
