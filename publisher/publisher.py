@@ -32,7 +32,9 @@ def parse_args() -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--count", type=whole(1), default=20, help="how many orders (default: 20)")
     which.add_argument("--input", metavar="FILE", help="publish each line of a file instead; - is standard input")
-    parser.add_argument("--interval", type=number(0), default=1.0, help="seconds between them (default: 1.0)")
+    parser.add_argument(
+        "--interval", type=number(0), default=1.0, help="seconds between them; 0: many at a time (default: 1.0)"
+    )
     return parser.parse_args()
 
 
