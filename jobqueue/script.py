@@ -34,9 +34,8 @@ def start(run: Coroutine[None, None, int]) -> int:
 
     It runs on uvloop where that is installed (the extra `fast`). Logs go to standard error, in the article's format.
     """
-    for descriptor in range(
-        3
-    ):  # whoever is given the number of a closed one, the event loop say, would be taken for it
+    # Whoever is given the number of a closed one, the event loop say, would be taken for it.
+    for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:

@@ -198,7 +198,7 @@ async def drain(
     await nc.jetstream().delete_consumer(stream, durable)
     await request(nc, f"STREAM.PURGE.{stream}")
     return Drain(
-        (done - first) / (ended - started), started - began, memory, (cpu - cpu_at_first) / (done - first) * 1e6, twice
+        (done - first) / (ended - started), begun - began, memory, (cpu - cpu_at_first) / (done - first) * 1e6, twice
     )
 
 
