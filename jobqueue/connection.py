@@ -35,19 +35,70 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+class _Credentials(RawCredentials):
+    """A .creds file in the form that nats-py reads (it hangs on a file without a JWT).
+
+    Raises:
+        Failure: it is no such file.
+
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.renew()
+
+    def renew(self) -> None:
+        """Read the file anew."""
+        try:
+            content = self._file.read_text("ascii")
+        except OSError as error:
+            raise Failure(f"cannot read the credentials file {text(str(self._file))}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            content = ""
+        # As in nkeys for Go: the first two blocks between lines of dashes are the JWT and the seed.
+        blocks = re.findall(r"-{3,}[^\n]*-{3,}\s+([\w.=-]+)\s+-{3,}[^\n]*-{3,}", content)
+        try:
+            jwt, seed = blocks[:2]
+            nkeys.from_seed(bytearray(seed, "ascii")).wipe()
+        except Exception:
+            raise Failure(
+                f"{text(str(self._file))} is not a credentials file: it needs a user JWT and its seed"
+            ) from None
+        self.data = (
+            f"-----BEGIN NATS USER JWT-----\n{jwt}\n------END NATS USER JWT------\n\n"
+            f"-----BEGIN USER NKEY SEED-----\n{seed}\n------END USER NKEY SEED------\n"
+        )
+
+
 class _Client(Client):
     """nats-py's client, made to hold where it doesn't: each method says how."""
 
+    forbidden = ""  # what the server does not permit
+
     def _connect_command(self) -> bytes:
-        """Insist on TLS for a `tls://` URL, before anything secret is sent.
+        """Use what the credentials file has by now, and insist on TLS for a `tls://` URL.
 
         nats-py leaves it to the server to ask for TLS; nats.go refuses as here (ErrSecureConnWanted).
         """
         assert self._current_server
         if self._current_server.uri.scheme == "tls" and not self._server_info.get("tls_required"):
             raise SecureConnWantedError
+        if isinstance(self._user_credentials, _Credentials):
+            with suppress(Failure):  # it may be about to be replaced
+                self._user_credentials.renew()
         command: bytes = super()._connect_command()
         return command
+
+    async def request(self, *args: Any, **kwargs: Any) -> Msg:
+        """Be cancelled with all the rest when the server has refused a subject.
+
+        `asyncio.wait_for` of Python 3.11 forgets that when the answer comes at the same time
+        (https://github.com/python/cpython/issues/86296).
+        """
+        answer: Msg = await super().request(*args, **kwargs)
+        if self.forbidden:
+            raise asyncio.CancelledError
+        return answer
 
     def _build_message(
         self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: dict[str, str] | None
@@ -91,31 +142,43 @@ async def connect(name: str) -> AsyncIterator[Client]:
     naming that authority's file in `SSL_CERT_FILE`, as Python and natscli both read it.
 
     Args:
-        name: the connection's name, as the server's monitoring shows it.
+        name: the connection's name, as the server's monitoring shows it. Its inboxes are `_INBOX.<name>.>`, with `_`
+            for all but ASCII letters, digits and `-`, so that a user may be permitted to read just these.
 
     Raises:
         Failure: the first connect failed, which takes ten seconds at the most, or the server has no
-            JetStream. Whatever happens to the connection later is waited out.
+            JetStream. Whatever happens to the connection later is waited out, but for one thing: when the server
+            refuses a subject the block is cancelled, since what isn't permitted would time out again and again.
 
     """
     servers, options = _destination()
     where = ", ".join(servers)
     phase = "connecting"  # then "checking", "open", "ended"
     failed_attempts = 0
-    refusal = ""  # what the server last did not permit
+    refusal = ""  # why the server last did not let us in
+    task = asyncio.current_task()
+    assert task
+    cancelling = task.cancelling()
+
+    nc = _Client()
 
     async def on_error(error: Exception) -> None:
         nonlocal failed_attempts, refusal
-        refused = _is_refusal(error)
         if phase == "connecting":
             failed_attempts += 1
+            refused = _is_refusal(error)
             if refused or failed_attempts >= len(servers):
                 # nats-py would go on for ever, with a wrong password too.
-                raise Failure(f"cannot connect to {where}: {reason(error)}")
-        elif refused and reason(error) != refusal:
+                hint = " (are the credentials wrong, expired or revoked?)" if refused else ""
+                why = reason(error).strip("'")
+                raise Failure(f"cannot connect to {where}: {why}{hint}")
+        elif phase != "ended" and "permissions violation" in str(error).lower():
+            if not nc.forbidden:
+                nc.forbidden = reason(error)
+                task.cancel()
+        elif phase == "open" and _is_refusal(error) and reason(error) != refusal:
             refusal = reason(error)
-            if phase == "open":
-                log.warning("the server refused: %s", refusal)
+            log.warning("the server refused the connection: %s", refusal)
 
     async def on_disconnected() -> None:
         if phase == "open":
@@ -126,13 +189,14 @@ async def connect(name: str) -> AsyncIterator[Client]:
         refusal = ""
         log.info("connected again")
 
-    nc = _Client()
-    try:
+    async def sign_on() -> None:
+        nonlocal phase
         try:
             async with asyncio.timeout(FIRST_CONNECT):
                 await nc.connect(
                     servers,
                     name=name,
+                    inbox_prefix="_INBOX." + re.sub(r"[^\w-]", "_", name, flags=re.ASCII),
                     error_cb=on_error,
                     disconnected_cb=on_disconnected,
                     reconnected_cb=on_reconnected,
@@ -146,11 +210,20 @@ async def connect(name: str) -> AsyncIterator[Client]:
         except (TimeoutError, Error) as error:
             raise Failure(f"cannot connect to {where}: {refusal or reason(error)}") from None
         phase = "open"
-        yield nc
-    finally:
-        phase = "ended"
-        with suppress(Exception):
-            await asyncio.wait_for(nc.close(), CLOSE)
+
+    try:
+        try:
+            await sign_on()
+            yield nc
+        finally:
+            phase = "ended"
+            with suppress(Exception):
+                await asyncio.wait_for(nc.close(), CLOSE)
+    except asyncio.CancelledError:
+        if not nc.forbidden or task.uncancel() > cancelling:
+            raise
+        # nats-py has made lower case of the server's own words.
+        raise Failure(f'the server refused: {nc.forbidden} (in lower case; see "Permissions" in the README)') from None
 
 
 def _destination() -> tuple[list[str], dict[str, Any]]:
@@ -181,32 +254,11 @@ def _destination() -> tuple[list[str], dict[str, Any]]:
     if not servers:
         raise Failure("NATS_URL has no URL in it")
     if credentials:
-        options["user_credentials"] = _credentials(Path(credentials))
+        options["user_credentials"] = _Credentials(Path(credentials))
     return servers, options
-
-
-def _credentials(file: Path) -> RawCredentials:
-    """Return a .creds file in the form that nats-py reads (it hangs on a file without a JWT)."""
-    try:
-        content = file.read_text("ascii")
-    except OSError as error:
-        raise Failure(f"cannot read the credentials file {text(str(file))}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        content = ""
-    # As in nkeys for Go: the first two blocks between lines of dashes are the JWT and the seed.
-    blocks = re.findall(r"-{3,}[^\n]*-{3,}\s+([\w.=-]+)\s+-{3,}[^\n]*-{3,}", content)
-    try:
-        jwt, seed = blocks[:2]
-        nkeys.from_seed(bytearray(seed, "ascii")).wipe()
-    except Exception:
-        raise Failure(f"{text(str(file))} is not a credentials file: it needs a user JWT and its seed") from None
-    return RawCredentials(
-        f"-----BEGIN NATS USER JWT-----\n{jwt}\n------END NATS USER JWT------\n\n"
-        f"-----BEGIN USER NKEY SEED-----\n{seed}\n------END USER NKEY SEED------\n"
-    )
 
 
 def _is_refusal(error: Exception) -> bool:
     return isinstance(error, Error) and any(
-        word in str(error).lower() for word in ("authorization", "authentication", "permissions", "expired")
+        word in str(error).lower() for word in ("authorization", "authentication", "expired")
     )

@@ -1,7 +1,7 @@
 """The real parts that the tests run: nats-server, the project's scripts, natscli."""
 
+import ast
 import asyncio
-import base64
 import json
 import os
 import re
@@ -97,14 +97,16 @@ class Script:
 
 
 @asynccontextmanager
-async def started(*command: str | Path, stdin: Any = asyncio.subprocess.DEVNULL, **env: str) -> AsyncIterator[Script]:
+async def started(
+    *command: str | Path, stdin: Any = asyncio.subprocess.DEVNULL, cwd: str | Path = ROOT, **env: str
+) -> AsyncIterator[Script]:
     """Run a process, which doesn't outlive the test."""
     process = await asyncio.create_subprocess_exec(
         *command,
         stdin=stdin,
         stdout=PIPE,
         stderr=STDOUT,
-        cwd=ROOT,
+        cwd=cwd,
         env=environment(**env),
         limit=2**24,  # bytes of the longest line
     )
@@ -223,15 +225,36 @@ class Server:
             await nc.close()
 
 
-def with_body(script: str, function: str, body: str, directory: Path) -> str:
-    """Return a copy of a script in which a function has another body, as a user would write it."""
-    source = (ROOT / script).read_text()
-    pattern = rf'(async def {function}\(.*?\n    """(?=\n)).*?(?=\n\n\n)'
-    changed, count = re.subn(pattern, lambda found: f"{found[1]}\n    {body}", source, flags=re.DOTALL)
-    assert count == 1
-    copy = directory / f"{function}.py"
-    copy.write_text(changed)
+def edited(script: str, code: str, directory: Path) -> str:
+    """Return a copy of a script into which a user has put some code: what has a name that is there replaces that."""
+    lines = (ROOT / script).read_text().splitlines(keepends=True)
+    places = {name: node for node in ast.parse("".join(lines)).body for name in _names(node)}
+    added, replaced = [], []
+    for node in ast.parse(code).body:
+        place = next((places[name] for name in _names(node) if name in places), None)
+        source = ast.get_source_segment(code, node) or ""
+        replaced.append((place, source)) if place else added.append(source)
+    for place, source in sorted(replaced, key=lambda one: -one[0].lineno):
+        lines[place.lineno - 1 : place.end_lineno] = [source + "\n"]
+    (first,) = (node.lineno for name, node in places.items() if name == "log")
+    lines.insert(first - 1, "\n\n".join([*added, ""]))
+    copy = directory / Path(script).name
+    copy.write_text("".join(lines))
     return str(copy)
+
+
+def _names(node: ast.stmt) -> list[str]:
+    """Return what a statement at the top of a file defines."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def with_body(script: str, function: str, body: str, directory: Path) -> str:
+    """Return a copy of a script in which a function has another body."""
+    (directory / function).mkdir(exist_ok=True)
+    return edited(script, f"async def {function}(order: Msg) -> None:\n    {body}", directory / function)
 
 
 async def request(nc: Client, subject: str, payload: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -406,27 +429,3 @@ async def dead_letters(nc: Client, *orders: bytes, durable: str = "processor", b
 
     await until(are_dead)
     await subscription.unsubscribe()
-
-
-async def operator_mode(directory: Path) -> str:
-    """Make an operator with an account, and return the server's configuration for them.
-
-    The files app.creds and other.creds are a user of that account, and one of another operator's.
-    """
-    for operator, file in (("op", "app.creds"), ("stranger", "other.creds")):
-        where = ("--operator", operator)
-        for command in (
-            ("operator", "add", operator),
-            ("account", "add", "app", *where, "--defaults", "--jetstream", "--js-disk=4GB", "--js-memory=1GB"),
-            ("user", "add", "app", "app", *where, "--defaults", f"--credential={directory / file}"),
-        ):
-            async with started("nats", "auth", *command, XDG_DATA_HOME=str(directory)) as natscli:
-                assert await natscli.status() == 0, natscli.lines
-    store = directory / "nats" / "nsc" / "stores" / "op"
-    tokens = {account: (store / "accounts" / account / f"{account}.jwt").read_text() for account in ("app", "SYSTEM")}
-    keys = {account: json.loads(base64.b64decode(jwt.split(".")[1] + "=="))["sub"] for account, jwt in tokens.items()}
-    preload = "\n".join(f"{keys[account]}: {tokens[account]}" for account in tokens)
-    return (
-        f"operator: {store / 'op.jwt'}\nsystem_account: {keys['SYSTEM']}\n"
-        f"resolver: MEMORY\nresolver_preload: {{\n{preload}\n}}\n"
-    )

@@ -1,0 +1,353 @@
+"""The queue on a server like Synadia Cloud's, and what goes wrong there."""
+
+import asyncio
+import re
+import shlex
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nats.aio.msg import Msg
+from nats.js.api import AckPolicy, ConsumerConfig
+
+from jobqueue.worker import overlap
+from tests.cloud import Cloud
+from tests.harness import (
+    ADVISORIES,
+    CONSUMER,
+    DLQ,
+    PUBLISHER,
+    ROOT,
+    emptied,
+    messages,
+    publish,
+    request,
+    started,
+    until,
+    with_body,
+)
+
+README = (ROOT / "README.md").read_text()
+SCRIPTS = [PUBLISHER, CONSUMER, DLQ]
+STREAM_SCRIPTS = ["scripts/create_orders_stream.sh", "scripts/create_orders_unprocessed.sh"]
+WHO = "(are the credentials wrong, expired or revoked?)"
+
+
+@pytest.fixture
+async def cloud(tmp_path: Path) -> AsyncIterator[Cloud]:
+    server = Cloud(tmp_path)
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()
+
+
+async def test_the_walk_through(cloud: Cloud, tmp_path: Path) -> None:
+    """With the article's command for the context, and the same .creds file for everything."""
+    app = cloud.user("app.creds")
+    home = {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path), "SSL_CERT_FILE": app["SSL_CERT_FILE"]}
+    (command,) = re.findall(r"nats context save .*NGS.*", README)
+    save = command.replace("tls://connect.ngs.global", cloud.url).replace(
+        "ABSOLUTE_PATH_TO_CREDS_FILE", app["NATS_CREDENTIALS_FILE_PATH"]
+    )
+    for natscli in (shlex.split(save), ["nats", "account", "info"]):
+        async with started(*natscli, **home) as running:
+            assert await running.status() == 0
+    assert running.found(r" *Maximum Payload: 1\.0 MiB") and running.found(r"JetStream Account Information:")
+    await cloud.create_streams(**app)
+    async with cloud.script(*CONSUMER, "--failure-rate", "1", **app), cloud.script(*DLQ, **app) as dlq:
+        publisher = await cloud.run(*PUBLISHER, "--count", "3", "--interval", "0", **app)
+        assert publisher.messages == [f"published order no. {i}" for i in range(3)]
+        await dlq.line("reprocessing order order-[012]", 3)
+        async with cloud.client() as nc:
+            await emptied(nc, "orders_stream", "orders_unprocessed")
+
+
+async def test_an_order_may_have_a_mebibyte_with_its_header(cloud: Cloud, tmp_path: Path) -> None:
+    app = cloud.user("app.creds")
+    await cloud.create_streams(**app)
+    header = len("NATS/1.0\r\nNats-Msg-Id: ") + 32 + len("-0\r\n\r\n")
+    orders = tmp_path / "orders.txt"
+    orders.write_bytes(b"x" * (2**20 - header) + b"\n" + b"x" * (2**20 - header + 1))
+    publisher = await cloud.run(*PUBLISHER, "--interval", "0", "--input", str(orders), **app)
+    # A message of a stream may have 1 MiB with the length of its subject and its header; the server counts the rest.
+    assert publisher.messages == [
+        "order no. 1 is not published: maximum payload exceeded",
+        "published order no. 0",
+        "1 of 2 orders are not published",
+    ]
+
+
+async def test_credentials_that_are_no_good(cloud: Cloud, tmp_path: Path) -> None:
+    cloud.user("app.creds")
+    good = (tmp_path / "app.creds").read_text()
+    (tmp_path / "no.jwt").write_text(good.replace("NATS USER JWT", "").replace("eyJ", "???"))
+    (tmp_path / "no.seed").write_text(good[: good.index("-----BEGIN USER NKEY")])
+    (tmp_path / "short.seed").write_text(re.sub(r"^SU\w{10}", "SU", good, flags=re.MULTILINE))
+    (tmp_path / "binary").write_bytes(b"\xff\xfe" * 1000)
+    for name, line in {
+        "missing": f"cannot read the credentials file {tmp_path}/missing: No such file or directory",
+        "no.jwt": f"{tmp_path}/no.jwt is not a credentials file: it needs a user JWT and its seed",
+        "no.seed": f"{tmp_path}/no.seed is not a credentials file: it needs a user JWT and its seed",
+        "short.seed": f"{tmp_path}/short.seed is not a credentials file: it needs a user JWT and its seed",
+        "binary": f"{tmp_path}/binary is not a credentials file: it needs a user JWT and its seed",
+    }.items():
+        script = await cloud.run(*PUBLISHER, NATS_CREDENTIALS_FILE_PATH=str(tmp_path / name))
+        assert (script.process.returncode, script.messages) == (1, [line])
+
+
+@pytest.mark.parametrize("command", [*SCRIPTS, *[(script,) for script in STREAM_SCRIPTS]])
+async def test_a_user_whom_the_server_does_not_let_in(cloud: Cloud, command: tuple[str, ...]) -> None:
+    users = {
+        "expired": cloud.user("expired.creds", expires=time.time() - 1),
+        "revoked": cloud.user("revoked.creds"),
+        "by a password": {
+            "NATS_URL": cloud.url.replace("//", "//me:secret@"),
+            "SSL_CERT_FILE": str(cloud.authority),
+        },
+    }
+    await _change(cloud, revoked=["revoked.creds"])
+    failed = f"cannot connect to {cloud.url}" if command in SCRIPTS else f"{_stream(command[0])} was not created"
+    for user in users.values():
+        script = await cloud.run(*command, **user)
+        assert (script.process.returncode, script.messages) == (1, [f"{failed}: Authorization Violation {WHO}"])
+
+
+async def test_a_certificate_that_nobody_trusts(cloud: Cloud) -> None:
+    app = cloud.user("app.creds") | {"SSL_CERT_FILE": "/dev/null"}
+    for command in SCRIPTS:
+        script = await cloud.run(*command, **app)
+        assert script.process.returncode == 1
+        assert script.messages == [
+            f"cannot connect to {cloud.url}: its certificate is not trusted: unable to get local issuer certificate"
+            " (SSL_CERT_FILE may name its authority)"
+        ]
+    for stream_script in STREAM_SCRIPTS:
+        script = await cloud.run(stream_script, **app)
+        assert script.process.returncode == 1
+        assert len(script.lines) == 1
+        assert "was not created" in script.lines[0] and "certificate" in script.lines[0]
+
+
+@pytest.mark.parametrize("end", ["expired", "revoked"])
+async def test_a_consumer_whose_credentials_end_uses_the_renewed_file(cloud: Cloud, end: str) -> None:
+    await cloud.create_streams(**cloud.user("app.creds"))
+    worker = cloud.user("worker.creds", expires=time.time() + 3 if end == "expired" else None)
+    async with cloud.script(*CONSUMER, "--failure-rate", "0", **worker) as consumer, cloud.client() as nc:
+        await publish(nc, b"order-0")
+        await consumer.line("received order-0 .*")
+        if end == "revoked":
+            cloud.change(revoked=["worker.creds"])
+        await consumer.line(rf"the server refused the connection: 'user authentication {end}'")
+        await consumer.line("the server refused the connection: 'Authorization Violation'")
+        Path(worker["NATS_CREDENTIALS_FILE_PATH"]).write_text("about to be replaced")
+        cloud.user("worker.creds")
+        await consumer.line("connected again")
+        await publish(nc, b"order-1")
+        await consumer.line("received order-1 .*")
+        assert await consumer.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "denied", "refused"),
+    [
+        (PUBLISHER, "orders.*", "orders.new"),
+        (PUBLISHER, "$JS.API.INFO", "$js.api.info"),
+        (CONSUMER, "$JS.API.CONSUMER.CREATE.>", "$js.api.consumer.create.orders_stream.processor.orders.*"),
+        (CONSUMER, "$JS.API.CONSUMER.MSG.NEXT.>", "$js.api.consumer.msg.next.orders_stream.processor"),
+        (CONSUMER, "$JS.ACK.>", "$js.ack.orders_stream.processor.1.0.0.0.0"),
+        (
+            DLQ,
+            "$JS.API.CONSUMER.CREATE.>",
+            "$js.api.consumer.create.orders_unprocessed.unprocessed_order_handler",
+        ),
+        (DLQ, "$JS.ACK.orders_unprocessed.>", "$js.ack.orders_unprocessed.unprocessed_order_handler.1.0.0.0.0"),
+        (DLQ, "$JS.ACK.orders_stream.>", "$js.ack.orders_stream.processor.2.1.0.0.0"),
+        (DLQ, "$JS.API.CONSUMER.LIST.>", "$js.api.consumer.list.orders_stream"),
+    ],
+)
+async def test_a_subject_that_the_user_may_not_publish_to(
+    cloud: Cloud, command: tuple[str, ...], denied: str, refused: str
+) -> None:
+    """Nothing is worked on that could not be acknowledged then."""
+    await cloud.create_streams(**cloud.user("app.creds"))
+    async with cloud.client() as nc:
+        if command != PUBLISHER:
+            await publish(nc, b"order-0")
+        if command == DLQ:
+            advisory = b'{"stream": "orders_stream", "consumer": "processor", "stream_seq": 1, "deliveries": 2}'
+            await publish(nc, advisory, subject=f"{ADVISORIES}.processor")
+        for more in ((), ("--interval", "0")) if command == PUBLISHER else ((),):
+            script = await cloud.run(*command, *more, **cloud.user("some.creds", publish={"deny": [denied]}))
+            assert (script.process.returncode, script.messages) == (
+                1,
+                [
+                    f'the server refused: permissions violation for publish to "{refused}"'
+                    ' (in lower case; see "Permissions" in the README)'
+                ],
+            )
+        assert await messages(nc, "orders_stream") == (command != PUBLISHER)
+
+
+async def test_a_user_who_may_not_create_streams(cloud: Cloud) -> None:
+    user = cloud.user("some.creds", publish={"deny": ["$JS.API.STREAM.CREATE.*"]})
+    script = await cloud.run(STREAM_SCRIPTS[0], **user)
+    assert (script.process.returncode, script.lines) == (
+        1,
+        ["orders_stream was not created: no answer in time; may this user create streams?"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("limits", "line"),
+    [
+        ({"streams": 1}, "maximum number of streams reached (10027)"),
+        ({"disk_storage": 255 * 2**20}, "insufficient storage resources available (10047)"),
+        ({"disk_max_stream_bytes": 2**20}, "stream max bytes exceeds account limit max stream bytes (10122)"),
+        ({"max_bytes_required": True}, ""),
+    ],
+)
+async def test_what_the_account_limits_of_streams(cloud: Cloud, limits: dict[str, int], line: str) -> None:
+    async with cloud.client() as nc:
+        await request(nc, "STREAM.CREATE.other", {"name": "other", "storage": "file", "max_bytes": 2**20})
+    await _change(cloud, **limits)
+    for stream_script in STREAM_SCRIPTS:
+        script = await cloud.run(stream_script, **cloud.user("app.creds"))
+        if line:
+            assert (script.process.returncode, script.lines) == (
+                1,
+                [f"{_stream(stream_script)} was not created: {line}"],
+            )
+        else:
+            assert script.process.returncode == 0
+
+
+async def test_what_the_account_limits_of_durables_and_storage(cloud: Cloud, tmp_path: Path) -> None:
+    app = cloud.user("app.creds")
+    await cloud.create_streams(**app)
+    await _change(cloud, consumer=1, disk_storage=2**20)
+    async with cloud.client() as nc:
+        other = ConsumerConfig(name="other", ack_policy=AckPolicy.EXPLICIT, filter_subject="orders.other")
+        await nc.jetstream().add_consumer("orders_stream", other)
+    consumer = await cloud.run(*CONSUMER, **app)
+    assert (consumer.process.returncode, consumer.messages) == (
+        1,
+        ["cannot create the durable processor on orders_stream: maximum consumers limit reached (10026)"],
+    )
+    orders = tmp_path / "orders.txt"
+    orders.write_bytes(b"\n".join([b"x" * 400_000] * 4))
+    publisher = await cloud.run(*PUBLISHER, "--interval", "0", "--input", str(orders), **app)
+    assert publisher.process.returncode == 1
+    assert publisher.messages == [
+        *(f"published order no. {i}" for i in range(2)),
+        *(f"order no. {i} is not published: resource limits exceeded for account (10002)" for i in range(2, 4)),
+        "2 of 4 orders are not published",
+    ]
+
+
+ROLES = {
+    role: [re.findall(r"`([^`]+)`", cell) for cell in cells.split("|")]
+    for role, cells in re.findall(r"^\| ((?:publisher|consumer|DLQ processor)) \| (`.*`) \|$", README, re.MULTILINE)
+}
+
+
+def _user(cloud: Cloud, role: str) -> dict[str, str]:
+    """Make a user with just the permissions that the README gives it."""
+    may_publish, may_subscribe = ROLES[role]
+    return cloud.user(role, publish={"allow": may_publish}, subscribe={"allow": may_subscribe})
+
+
+async def test_the_permissions_in_the_readme_are_what_is_needed(cloud: Cloud, tmp_path: Path) -> None:
+    """All of them, and no more: whatever they allow is made use of."""
+    seen: set[str] = set()
+
+    async def see(message: Msg) -> None:
+        seen.add(message.subject)
+        seen.add(message.reply)
+
+    admin = cloud.user("admin.creds")
+    consumer = with_body(
+        CONSUMER[0], "process", "await asyncio.sleep(0.6)\n    assert order.data != b'order-1'", tmp_path
+    )
+    dlq_script = with_body(DLQ[0], "reprocess", "await asyncio.sleep(0.6)", tmp_path)
+    publisher, worker, dlq_processor = (_user(cloud, role) for role in ROLES)
+    async with cloud.client("admin.creds") as nc:
+        for subject in ("orders.*", "$JS.>"):
+            await nc.subscribe(subject, cb=see)
+        assert (await cloud.run(STREAM_SCRIPTS[0], **admin)).process.returncode == 0
+        published = await cloud.run(*PUBLISHER, "--count", "2", "--interval", "0", **publisher)
+        assert published.process.returncode == 0
+        async with cloud.script(consumer, *CONSUMER[1:], **worker) as running:
+            await running.line("order-1 will be processed via DLQ")
+            # The server's advisory is lost. So the DLQ processor publishes one.
+            advisory = f"{ADVISORIES}.processor"
+            async with asyncio.timeout(60):
+                while advisory not in seen:
+                    await asyncio.sleep(0.1)
+            seen.remove(advisory)
+            assert (await cloud.run(STREAM_SCRIPTS[1], **admin)).process.returncode == 0
+            async with cloud.script(dlq_script, *DLQ[1:], **dlq_processor) as dlq:
+                await dlq.line("reprocessing order order-1")
+                await emptied(nc, "orders_stream", "orders_unprocessed")
+                unused = {""}
+                async with asyncio.timeout(60):
+                    while unused:
+                        await asyncio.sleep(0.1)
+                        allowed = {subject for role in ROLES.values() for cell in role for subject in cell}
+                        unused = {one for one in allowed if not any(overlap(one, other) for other in seen)}
+                assert await dlq.stop() == 0
+            assert await running.stop() == 0
+    assert len(dlq.lines) == 4, dlq.lines
+
+
+async def test_the_permissions_in_the_readme_allow_nothing_else(cloud: Cloud) -> None:
+    """No other stream can be read, none be changed or deleted, and nobody else's answers be listened to."""
+    await cloud.create_streams(**cloud.user("app.creds"))
+    for role in ROLES:
+        _user(cloud, role)
+        refused: list[str] = []
+
+        async def see(error: Exception) -> None:
+            refused.append(str(error))  # noqa: B023  each client is closed before the next one is made
+
+        async with cloud.client(role, error_cb=see) as nc:
+            streams = ["secrets"] + ([] if role == "DLQ processor" else ["orders_unprocessed"])
+            forbidden = [
+                *(f"$JS.API.STREAM.{what}.{stream}" for what in ("MSG.GET", "INFO") for stream in streams),
+                *(f"$JS.API.DIRECT.GET.{stream}" for stream in streams),
+                *(f"$JS.API.CONSUMER.CREATE.{stream}.mine" for stream in streams),
+                *(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.mine" for stream in streams),
+                *(
+                    f"$JS.API.STREAM.{what}.{stream}"
+                    for what in ("DELETE", "PURGE", "MSG.DELETE", "UPDATE", "CREATE")
+                    for stream in ("orders_stream", "orders_unprocessed", "secrets")
+                ),
+                "$JS.API.CONSUMER.DELETE.orders_stream.processor",
+                "secrets.new",
+            ]
+            for subject in forbidden:
+                await nc.publish(subject, b"{}")
+            await nc.flush()
+            for subject in ("orders.*", "_INBOX.>", "_INBOX.somebody.*", "$JS.>", ">"):
+                await nc.subscribe(subject)
+            await nc.flush()
+            async with asyncio.timeout(30):
+                while len(refused) < len(forbidden) + 5:
+                    await asyncio.sleep(0.05)
+
+
+def _stream(script: str) -> str:
+    return Path(script).stem.removeprefix("create_")
+
+
+async def _change(cloud: Cloud, **what: Any) -> None:
+    """Change the account, and wait until the server knows of it."""
+
+    async def is_known() -> bool:
+        return "Reloaded server configuration" in (cloud.directory / "log").read_text()
+
+    cloud.change(**what)
+    await until(is_known)
