@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeGuard
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.errors import Error
 from nats.js import JetStreamContext
 from nats.js.api import ConsumerInfo
 from nats.js.errors import NotFoundError
@@ -43,6 +44,22 @@ class DeadLetter(NamedTuple):
     def ack_subject(self) -> str:
         """The ack subject of its last delivery; the server reads none of the last three numbers."""
         return f"$JS.ACK.{self.stream}.{self.consumer}.{self.deliveries}.{self.sequence}.0.0.0"
+
+
+async def warn_if_lost(nc: Client, stream: str, durable: str) -> None:
+    """Log a warning when no stream keeps the advisories of a durable."""
+    advisory = f"{ADVISORY}.{stream}.{durable}"
+    try:
+        await nc.jetstream().find_stream_name_by_subject(advisory)
+    except NotFoundError:
+        log.warning(
+            "no stream keeps the advisories %s: nobody will hear of dead letters, until you create one with "
+            "scripts/create_orders_unprocessed.sh DLQ_STREAM %s",
+            advisory,
+            stream,
+        )
+    except Error as error:
+        log.warning("cannot tell whether a stream keeps the advisories %s: %s", advisory, reason(error))
 
 
 def parse(advisory: bytes, stream: str) -> DeadLetter:
@@ -80,6 +97,8 @@ async def find(nc: Client, dead: DeadLetter, died: datetime) -> Msg | None:
 
     """
     js = nc.jetstream()
+    # What may not be settled must not be worked on: the server refuses this before it answers the requests after it.
+    await nc.publish(dead.ack_subject, Msg.Ack.Progress)
     try:
         message = await js.get_msg(dead.stream, dead.sequence)
         durable = await js.consumer_info(dead.stream, dead.consumer)

@@ -17,6 +17,7 @@ import asyncio
 import json
 import logging
 import math
+import shlex
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
@@ -72,13 +73,13 @@ Answers = asyncio.Queue[Msg | None]
 T = TypeVar("T")
 
 
-async def find_stream(nc: Client, stream: str, script: str) -> list[str]:
+async def find_stream(nc: Client, stream: str, *command: str) -> list[str]:
     """Return the subjects of a stream.
 
     Args:
         nc: the connection.
         stream: the stream's name.
-        script: what creates such a stream, for the line that says that it isn't there.
+        command: what creates such a stream, for the line that says that it isn't there.
 
     Raises:
         Failure: there is no such stream.
@@ -87,7 +88,7 @@ async def find_stream(nc: Client, stream: str, script: str) -> list[str]:
     try:
         info = await retry(lambda: nc.jetstream().stream_info(stream), stream, _at_start())
     except NotFoundError:
-        raise Failure(f"there is no stream {stream}: create it with {script}") from None
+        raise Failure(f"there is no stream {stream}: create it with {shlex.join(command)}") from None
     return info.config.subjects or []
 
 
@@ -319,19 +320,7 @@ class Worker:
                 self._round_trip = min(self._round_trip, arrived_at - asked_at)
                 if not self._hands.locked() and self._slots < self._most_slots() and answer.metadata.num_pending:
                     self._add_slot(slots, tally)
-                async with self._hands:
-                    began_at = loop.time()
-                    verdict = await self._work(answer)
-                tally[verdict] += 1
-                self._note_work(loop.time() - began_at, verdict)
-                if verdict == ACK and loop.time() > arrived_at + SAME_STREAM:
-                    await self._confirm(answer, ACK, doubtful=True)
-                elif verdict == ACK and answer.reply in self._held:
-                    acked = answer
-                elif verdict == TERM:
-                    await self._confirm(answer, TERM)
-                else:
-                    self._held.pop(answer.reply, None)
+                acked = await self._serve(answer, arrived_at, tally)
                 surplus = surplus or self._leave(self._most_slots())
             elif answer and not surplus:
                 await asyncio.sleep(TICK)  # for the case that statuses come at once, one after the other
@@ -339,6 +328,24 @@ class Worker:
             await self._confirm(acked, ACK)
         with suppress(Error):
             await subscription.unsubscribe()
+
+    async def _serve(self, message: Msg, arrived_at: float, tally: Counter[bytes]) -> Msg | None:
+        """Work on a message, and return it if its ack is to go with the next pull request."""
+        loop = asyncio.get_running_loop()
+        async with self._hands:
+            began_at = loop.time()
+            verdict = await self._work(message)
+        tally[verdict] += 1
+        self._note_work(loop.time() - began_at, verdict)
+        if verdict == ACK and loop.time() > arrived_at + SAME_STREAM:
+            await self._confirm(message, ACK, doubtful=True)
+        elif verdict == ACK and message.reply in self._held:
+            return message
+        elif verdict == TERM:
+            await self._confirm(message, TERM)
+        else:
+            self._held.pop(message.reply, None)
+        return None
 
     async def _work(self, message: Msg) -> bytes:
         try:
@@ -494,7 +501,12 @@ class Worker:
         self._replicated = bool(info.cluster and info.cluster.replicas)
 
     async def _create_durable(self) -> ConsumerInfo:
-        """Create or update the durable."""
+        """Create or update the durable.
+
+        What may not be acknowledged must not be worked on. So here is an acknowledgement of nothing, which the server
+        refuses before it answers the request after it.
+        """
+        await self._nc.publish(f"$JS.ACK.{self._stream}.{self._durable}.1.0.0.0.0", Msg.Ack.Progress)
         return await self._nc.jetstream().add_consumer(self._stream, self._config)
 
 
