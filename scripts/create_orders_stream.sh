@@ -1,13 +1,21 @@
 #!/usr/bin/env bash
-# Creates orders_stream, the work queue of the orders, with the article's flags.
+# Creates a work queue with the article's flags.
 #
-#     [REPLICAS=3] scripts/create_orders_stream.sh
+#     [REPLICAS=3] scripts/create_orders_stream.sh [STREAM SUBJECTS]
+#     scripts/create_orders_stream.sh emails_stream "emails.*"
+#
+# Without arguments it is orders_stream with the subjects orders.*
+#
+# environment: REPLICAS (default: 1); NATS_URL, NATS_CREDENTIALS_FILE_PATH and SSL_CERT_FILE as in the Python scripts
+#
+# exit status: 0 the stream is there with these flags, 1 it is not, and a line says why, 2 wrong usage
 set -euo pipefail
 # shellcheck source=scripts/natscli.sh
 . "$(dirname "$0")/natscli.sh"
+[ $# -eq 0 ] || [ $# -eq 2 ] || fail "usage: $0 [STREAM SUBJECTS]" 2
 
-create_stream orders_stream \
-    --subjects="orders.*" \
+create_stream "${1-orders_stream}" \
+    --subjects="${2-orders.*}" \
     --storage=file \
     --replicas="${REPLICAS:-1}" \
     --retention=work \

@@ -1,14 +1,22 @@
 #!/usr/bin/env bash
-# Creates orders_unprocessed, the dead letter queue of orders_stream, with the article's flags.
+# Creates the dead letter queue of a work queue, with the article's flags.
 #
-#     [REPLICAS=3] scripts/create_orders_unprocessed.sh
+#     [REPLICAS=3] scripts/create_orders_unprocessed.sh [DLQ_STREAM ORIGINAL_STREAM]
+#     scripts/create_orders_unprocessed.sh emails_unprocessed emails_stream
+#
+# Without arguments it is orders_unprocessed, for orders_stream.
+#
+# environment: REPLICAS (default: 1); NATS_URL, NATS_CREDENTIALS_FILE_PATH and SSL_CERT_FILE as in the Python scripts
+#
+# exit status: 0 the stream is there with these flags, 1 it is not, and a line says why, 2 wrong usage
 set -euo pipefail
 # shellcheck source=scripts/natscli.sh
 . "$(dirname "$0")/natscli.sh"
+[ $# -eq 0 ] || [ $# -eq 2 ] || fail "usage: $0 [DLQ_STREAM ORIGINAL_STREAM]" 2
+check_name "${2-orders_stream}"
 
-# shellcheck disable=SC2016 # the $ is the subject's
-create_stream orders_unprocessed \
-    --subjects='$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.orders_stream.*' \
+create_stream "${1-orders_unprocessed}" \
+    --subjects="\$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.${2-orders_stream}.*" \
     --storage=file \
     --replicas="${REPLICAS:-1}" \
     --retention=work \

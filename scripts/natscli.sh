@@ -1,6 +1,9 @@
 # shellcheck shell=bash
 # For the scripts that create a stream: natscli, going where the Python scripts go, as who they are.
 
+# shellcheck source=scripts/help.sh
+. "$(dirname "${BASH_SOURCE[0]}")/help.sh"
+
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PATH="$PATH:$root/.venv/bin" # where scripts/setup.sh puts natscli and Python
 
@@ -23,6 +26,10 @@ fi
 unset -v $(compgen -v NATS_)
 export NATS_URL=$url
 [ -z "$credentials" ] || export NATS_CREDS=$credentials
+# Go reads SSL_CERT_FILE itself, but not on macOS; with NATS_CA natscli would want TLS of any server.
+case $url in
+    *tls://*) [ -z "${SSL_CERT_FILE:-}" ] || export NATS_CA=$SSL_CERT_FILE ;;
+esac
 
 # natscli ARGUMENT...: runs it without a terminal and puts what it prints, or the line of its error, in `output`.
 natscli() {
@@ -30,17 +37,30 @@ natscli() {
     output=${output##*$'\n'}
     output=${output#nats: error: }
     output=${output#could not create Stream: }
+    output=${output#nats: }
     case $output in
+        "context deadline exceeded") output="no answer in time; may this user create streams?" ;;
+        "Authorization Violation") output="$output (are the credentials wrong, expired or revoked?)" ;;
         *'parse "'*) # it has the URL in it, and in that perhaps a password
             output="NATS_URL must be URLs such as nats://localhost:4222, with commas between them" ;;
     esac
     return 1
 }
 
+# check_name NAME: fails if no stream can have that name.
+check_name() {
+    case $1 in
+        "" | -* | *[[:space:][:cntrl:].*\>/\\]*)
+            fail "a stream needs a name without spaces, control characters and . * > / \\, and without a - before it" 2
+            ;;
+    esac
+}
+
 # create_stream NAME FLAG...: creates a stream, or sees to it that it is there with just these flags.
 create_stream() {
     local name=$1 wanted
     shift
+    check_name "$name"
     case ${REPLICAS:-1} in
         [1-5]) ;;
         *) fail "REPLICAS must be a number from 1 to 5" 2 ;;

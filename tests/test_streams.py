@@ -101,6 +101,7 @@ async def test_a_durable_has_the_articles_configuration(
     }
 
 
+NAMES = r"a stream needs a name without spaces, control characters and . * > / \, and without a - before it"
 SCRIPTS = ["scripts/create_orders_stream.sh", "scripts/create_orders_unprocessed.sh"]
 
 
@@ -136,13 +137,29 @@ async def test_replicas_are_what_the_variable_says(bare_server: Server, script: 
     assert (many.process.returncode, many.lines) == (2, ["REPLICAS must be a number from 1 to 5"])
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments", "line"),
+    [
+        (SCRIPTS[0], ["a"], f"usage: {SCRIPTS[0]} [STREAM SUBJECTS]"),
+        (SCRIPTS[1], ["a", "b", "c"], f"usage: {SCRIPTS[1]} [DLQ_STREAM ORIGINAL_STREAM]"),
+        *((SCRIPTS[0], [name, "a.*"], NAMES) for name in ("", "-a", "a b", "a\nb", "a.b", "a*", ">", "a/b", "a\\b")),
+        (SCRIPTS[1], ["a", "b c"], NAMES),
+    ],
+)
+async def test_wrong_usage_of_a_stream_script(
+    bare_server: Server, script: str, arguments: list[str], line: str
+) -> None:
+    wrong = await bare_server.run(script, *arguments)
+    assert (wrong.process.returncode, wrong.lines) == (2, [line])
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 async def test_a_stream_script_without_natscli_says_how_to_get_it(
     bare_server: Server, tmp_path: Path, script: str
 ) -> None:
     # The script as it is, where no .venv is beside it and no nats is on the PATH.
     (tmp_path / "scripts").mkdir()
-    for file in ("natscli.sh", Path(script).name):
+    for file in ("natscli.sh", "help.sh", Path(script).name):
         shutil.copy(ROOT / "scripts" / file, tmp_path / "scripts")
     tools = tmp_path / "bin"
     tools.mkdir()
