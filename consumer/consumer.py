@@ -9,16 +9,15 @@ import asyncio
 import logging
 import random
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.errors import Error
 from nats.js.api import AckPolicy, ConsumerConfig
-from nats.js.errors import NotFoundError
 
+from jobqueue import dead_letters
 from jobqueue.connection import connect
-from jobqueue.dead_letters import ADVISORY
-from jobqueue.script import Failure, name, number, reason, start, stop_on_signal, subject_filter, text, whole
+from jobqueue.script import Failure, arguments, name, number, reason, start, stop_on_signal, subject_filter, text, whole
 from jobqueue.worker import ACK, LEAVE, Worker, attempt, find_stream, overlap
 
 log = logging.getLogger("consumer")
@@ -36,13 +35,15 @@ class SimulatedError(Exception):
 
 def parse_args() -> None:
     """Read the command line's arguments into `options`."""
-    parser = argparse.ArgumentParser(description="Process orders from a JetStream work queue.")
+    parser = arguments(__doc__)
     parser.add_argument("stream", type=name, help="the stream's name, such as orders_stream")
     parser.add_argument("subject_filter", type=subject_filter, help='which orders, such as "orders.*"')
-    parser.add_argument("--concurrency", type=whole(1, 500), default=1, help="how many orders at a time (default: 1)")
-    parser.add_argument("--failure-rate", type=number(0, 1), default=0.5, help="how many of them fail (default: 0.5)")
-    parser.add_argument("--work-time", type=number(0), default=0.01, help="seconds that an order takes (default: 0.01)")
-    parser.add_argument("--time-limit", type=number(0.1), default=600, help="seconds for an order (default: 600)")
+    parser.add_argument("--concurrency", type=whole(1, 500), default=1, help="orders at a time (default: %(default)s)")
+    parser.add_argument(
+        "--failure-rate", type=number(0, 1), default=0.5, help="share that fails (default: %(default)s)"
+    )
+    parser.add_argument("--work-time", type=number(0), default=0.01, help="seconds of work (default: %(default)s)")
+    parser.add_argument("--time-limit", type=number(0.1), default=600, help="limit, in seconds (default: %(default)s)")
     parser.parse_args(namespace=options)
 
 
@@ -73,25 +74,16 @@ async def handle(order: Msg) -> bytes:
 
 
 async def check_streams(nc: Client) -> None:
-    """Check that the stream has what we ask for, and warn when its dead letters would be lost."""
-    subjects = await find_stream(nc, options.stream, "scripts/create_orders_stream.sh")
+    """Check that the stream is there and has what we ask for, and warn when its dead letters would be lost."""
+    subjects = await find_stream(
+        nc, options.stream, "scripts/create_orders_stream.sh", options.stream, options.subject_filter
+    )
     if subjects and not any(overlap(options.subject_filter, subject) for subject in subjects):
         raise Failure(
             f"{options.stream} has no subject that {options.subject_filter} matches: "
             f"its subjects are {text(', '.join(subjects))}"
         )
-    advisory = f"{ADVISORY}.{options.stream}.{DURABLE}"
-    try:
-        await nc.jetstream().find_stream_name_by_subject(advisory)
-    except NotFoundError:
-        log.warning(
-            "no stream keeps the advisories %s: nobody will hear of orders that fail %d times, "
-            "until scripts/create_orders_unprocessed.sh creates one",
-            advisory,
-            MAX_DELIVER,
-        )
-    except Error as error:
-        log.warning("cannot tell whether a stream keeps the advisories %s: %s", advisory, reason(error))
+    await dead_letters.warn_if_lost(nc, options.stream, DURABLE)
 
 
 async def run() -> int:
@@ -105,6 +97,8 @@ async def run() -> int:
         filter_subject=options.subject_filter,
         ack_policy=AckPolicy.EXPLICIT,
     )
+    # As many threads as orders for work in asyncio.to_thread(), and a few for what hangs and for name look-ups.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(options.concurrency + 4))
     async with connect(f"consumer_{options.stream}") as nc:
         await check_streams(nc)
         with stop_on_signal() as stop:

@@ -16,7 +16,7 @@ from nats.js.api import AckPolicy, ConsumerConfig
 
 from jobqueue import dead_letters
 from jobqueue.connection import connect
-from jobqueue.script import name, number, reason, start, stop_on_signal, text
+from jobqueue.script import arguments, name, number, reason, start, stop_on_signal, text
 from jobqueue.worker import ACK, LEAVE, TERM, Worker, attempt, find_stream, retry
 
 log = logging.getLogger("dlq")
@@ -28,10 +28,10 @@ MAX_DELIVER = 2
 
 def parse_args() -> argparse.Namespace:
     """Return the command line's arguments."""
-    parser = argparse.ArgumentParser(description="Process the dead letters of a JetStream work queue.")
+    parser = arguments(__doc__)
     parser.add_argument("dlq_stream", type=name, help="where the advisories are, such as orders_unprocessed")
     parser.add_argument("original_stream", type=name, help="where the orders are, such as orders_stream")
-    parser.add_argument("--time-limit", type=number(0.1), default=600, help="seconds for an order (default: 600)")
+    parser.add_argument("--time-limit", type=number(0.1), default=600, help="limit, in seconds (default: %(default)s)")
     return parser.parse_args()
 
 
@@ -82,13 +82,15 @@ async def run(options: argparse.Namespace) -> int:
         ack_policy=AckPolicy.EXPLICIT,
     )
     async with connect(f"dlq_{original_stream}") as nc:
-        await find_stream(nc, dlq_stream, "scripts/create_orders_unprocessed.sh")
-        await find_stream(nc, original_stream, "scripts/create_orders_stream.sh")
+        await find_stream(nc, original_stream, "scripts/create_orders_stream.sh", original_stream, "SUBJECTS")
+        await find_stream(nc, dlq_stream, "scripts/create_orders_unprocessed.sh", dlq_stream, original_stream)
         with stop_on_signal() as stop:
             reviving = asyncio.create_task(dead_letters.revive(nc, dlq_stream, original_stream, BACKOFF[0]))
             work = partial(handle, nc, options, stop)
-            tally = await Worker(nc, dlq_stream, config, work, 1, stop).run()
-            reviving.cancel()
+            try:
+                tally = await Worker(nc, dlq_stream, config, work, 1, stop).run()
+            finally:
+                reviving.cancel()
     log.info(
         "stopped: %d dead letters done, %d attempts failed, %d advisories deleted",
         tally[ACK],

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import TypeGuard
@@ -22,6 +23,17 @@ except ImportError:
 
 log = logging.getLogger(__name__)
 
+EPILOG = """
+environment:
+  NATS_URL                    one URL, or several with commas between them (default: nats://localhost:4222)
+  NATS_CREDENTIALS_FILE_PATH  a .creds file; with it alone the server is tls://connect.ngs.global
+  SSL_CERT_FILE               the authority of the server's certificate, if it isn't one of the well-known ones
+
+exit status:
+  0  publisher: every order is stored; consumers: told to stop (SIGINT, SIGTERM), and what was held is finished
+  1  anything else, and a line says what
+  2  wrong usage
+"""
 LONGEST_TEXT = 200  # characters of a payload in a log line
 
 
@@ -111,11 +123,23 @@ def reason(error: BaseException) -> str:
         message = "no answer in time"
     elif failed := re.search(r"\[Errno (\d+)\] Connect", message):
         message = os.strerror(int(failed[1]))  # asyncio's own text names every address that it tried
+    elif isinstance(error, ssl.SSLCertVerificationError):
+        message = f"its certificate is not trusted: {error.verify_message} (SSL_CERT_FILE may name its authority)"
     elif isinstance(error, socket.gaierror):
         message = str(error.strerror)
     elif not (isinstance(error, NatsError) and message):
         message = f"{type(error).__name__}: {message}".removesuffix(": ")
     return text(message)
+
+
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """Return the parser of a script's arguments, whose help has the script's docstring and what all scripts share."""
+    description, _, examples = (doc or "").partition("\n\n")
+    return argparse.ArgumentParser(
+        description=description,
+        epilog=examples.replace("Usage:", "examples:") + EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def subject(value: str) -> str:

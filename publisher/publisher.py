@@ -8,6 +8,7 @@ Usage:
 import argparse
 import asyncio
 import logging
+import shlex
 import sys
 import uuid
 from collections.abc import AsyncIterator
@@ -19,7 +20,7 @@ from nats.js.errors import NotFoundError
 from jobqueue.connection import connect
 from jobqueue.lines import lines, opened
 from jobqueue.publish import Message, publish, publish_many
-from jobqueue.script import Failure, number, start, stop_on_signal, subject, whole
+from jobqueue.script import Failure, arguments, number, start, stop_on_signal, subject, whole
 from jobqueue.worker import PASSING
 
 log = logging.getLogger("publisher")
@@ -27,13 +28,13 @@ log = logging.getLogger("publisher")
 
 def parse_args() -> argparse.Namespace:
     """Return the command line's arguments."""
-    parser = argparse.ArgumentParser(description="Publish orders to a JetStream stream.")
+    parser = arguments(__doc__)
     parser.add_argument("subject", type=subject, help="where to, such as orders.new")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--count", type=whole(1), default=20, help="how many orders (default: 20)")
+    which.add_argument("--count", type=whole(1), default=20, help="how many orders (default: %(default)s)")
     which.add_argument("--input", metavar="FILE", help="publish each line of a file instead; - is standard input")
     parser.add_argument(
-        "--interval", type=number(0), default=1.0, help="seconds between them; 0: many at a time (default: 1.0)"
+        "--interval", type=number(0), default=1.0, help="seconds between them; 0: many at a time (default: %(default)s)"
     )
     return parser.parse_args()
 
@@ -53,7 +54,8 @@ async def check_subject(nc: Client, subject: str) -> None:
             await nc.jetstream().find_stream_name_by_subject(subject)
         except NotFoundError:
             raise Failure(
-                f"no stream takes the subject {subject} (scripts/create_orders_stream.sh creates one for orders.*)"
+                f"no stream takes the subject {subject}: create one with "
+                f"{shlex.join(['scripts/create_orders_stream.sh', 'STREAM', subject])}"
             ) from None
 
 

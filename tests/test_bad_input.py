@@ -4,7 +4,6 @@
 import asyncio
 import re
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,15 @@ from tests.harness import (
     Server,
     emptied,
     messages,
-    operator_mode,
     publish,
     request,
     serving,
     started,
 )
 
+UNKNOWN_HOST = (
+    "Name or service not known" if sys.platform == "linux" else "nodename nor servname provided, or not known"
+)
 SCRIPTS = [PUBLISHER, CONSUMER, DLQ]
 URLS = "NATS_URL must be URLs such as nats://localhost:4222, with commas between them"
 
@@ -67,11 +68,11 @@ async def test_wrong_usage(command: str, line: str) -> None:
     [
         (
             ("publisher/publisher.py", "payments.new"),
-            "no stream takes the subject payments.new (scripts/create_orders_stream.sh creates one for orders.*)",
+            "no stream takes the subject payments.new: create one with scripts/create_orders_stream.sh STREAM payments.new",
         ),
         (
-            ("consumer/consumer.py", "payments", "orders.*"),
-            "there is no stream payments: create it with scripts/create_orders_stream.sh",
+            ("consumer/consumer.py", "payments", "payments.*"),
+            "there is no stream payments: create it with scripts/create_orders_stream.sh payments 'payments.*'",
         ),
         (
             ("consumer/consumer.py", "orders_stream", "payments.*"),
@@ -79,11 +80,11 @@ async def test_wrong_usage(command: str, line: str) -> None:
         ),
         (
             ("dlq/consumer.py", "dead_payments", "orders_stream"),
-            "there is no stream dead_payments: create it with scripts/create_orders_unprocessed.sh",
+            "there is no stream dead_payments: create it with scripts/create_orders_unprocessed.sh dead_payments orders_stream",
         ),
         (
             ("dlq/consumer.py", "orders_unprocessed", "payments"),
-            "there is no stream payments: create it with scripts/create_orders_stream.sh",
+            "there is no stream payments: create it with scripts/create_orders_stream.sh payments SUBJECTS",
         ),
     ],
 )
@@ -136,7 +137,7 @@ async def test_orders_that_the_stream_refuses(
             "nats://me:secret@127.0.0.1:1,127.0.0.1:2",
             "cannot connect to nats://127.0.0.1:1, nats://127.0.0.1:2: Connection refused",
         ),
-        ("nats://me:secret@a.invalid", "cannot connect to nats://a.invalid:4222: Name or service not known"),
+        ("nats://me:secret@a.invalid", f"cannot connect to nats://a.invalid:4222: {UNKNOWN_HOST}"),
         ("nats://me:secret@127.0.0.1:port", URLS),
         ("http://127.0.0.1:1", URLS),
         ("nats://", URLS),
@@ -185,67 +186,19 @@ async def test_a_tls_url_and_a_server_without_tls(server: Server) -> None:
     )
 
 
-@pytest.fixture
-async def guarded(tmp_path: Path) -> AsyncIterator[Server]:
-    """A server in operator mode, as Synadia Cloud is; app.creds is a user's of it, and other.creds is not."""
-    async with serving(tmp_path, await operator_mode(tmp_path)) as server:
-        yield server
-
-
-async def test_credentials(guarded: Server, tmp_path: Path) -> None:
-    credentials = {"NATS_CREDENTIALS_FILE_PATH": str(tmp_path / "app.creds")}
-    await guarded.create_streams(**credentials)
-    script = await guarded.run(*PUBLISHER, "--count", "1", **credentials)
-    assert (script.process.returncode, script.messages) == (0, ["published order no. 0"])
-
-
-async def test_credentials_that_are_no_good(guarded: Server, tmp_path: Path) -> None:
-    good = (tmp_path / "app.creds").read_text()
-    (tmp_path / "no.jwt").write_text(good.replace("NATS USER JWT", "").replace("eyJ", "???"))
-    (tmp_path / "no.seed").write_text(good[: good.index("-----BEGIN USER NKEY")])
-    (tmp_path / "short.seed").write_text(re.sub(r"^SU\w{10}", "SU", good, flags=re.MULTILINE))
-    (tmp_path / "binary").write_bytes(b"\xff\xfe" * 1000)
-    for name, line in {
-        "missing": f"cannot read the credentials file {tmp_path}/missing: No such file or directory",
-        "no.jwt": f"{tmp_path}/no.jwt is not a credentials file: it needs a user JWT and its seed",
-        "no.seed": f"{tmp_path}/no.seed is not a credentials file: it needs a user JWT and its seed",
-        "short.seed": f"{tmp_path}/short.seed is not a credentials file: it needs a user JWT and its seed",
-        "binary": f"{tmp_path}/binary is not a credentials file: it needs a user JWT and its seed",
-        "other.creds": f"cannot connect to {guarded.url}: 'Authorization Violation'",
-    }.items():
-        script = await guarded.run(*PUBLISHER, NATS_CREDENTIALS_FILE_PATH=str(tmp_path / name))
-        assert (script.process.returncode, script.messages) == (1, [line])
-
-
 async def test_a_user_without_the_right_password(tmp_path: Path) -> None:
     async with serving(tmp_path, 'authorization { user: me, password: "p@ss/w:rd" }') as server:
         wrong = f"nats://me:secret@127.0.0.1:{server.port}"
         script = await server.run(*CONSUMER, NATS_URL=wrong)
         assert (script.process.returncode, script.messages) == (
             1,
-            [f"cannot connect to {server.url}: 'Authorization Violation'"],
+            [
+                f"cannot connect to {server.url}: Authorization Violation (are the credentials wrong, expired or revoked?)"
+            ],
         )
         right = f"nats://me:p%40ss%2Fw%3Ard@127.0.0.1:{server.port}"
         await server.create_streams(NATS_URL=right)
         script = await server.run(*PUBLISHER, "--count", "1", NATS_URL=right)
-        assert (script.process.returncode, script.messages) == (0, ["published order no. 0"])
-
-
-async def test_tls_that_is_not_trusted(tmp_path: Path) -> None:
-    make = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost")
-    async with started(
-        *make, "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", tmp_path / "key", "-out", tmp_path / "cert"
-    ) as made:
-        assert await made.status() == 0
-    async with serving(tmp_path, f'tls {{ cert_file: "{tmp_path}/cert", key_file: "{tmp_path}/key" }}') as server:
-        url = f"tls://127.0.0.1:{server.port}"
-        script = await server.run(*PUBLISHER, NATS_URL=url)
-        assert script.process.returncode == 1
-        assert len(script.lines) == 1
-        assert "certificate verify failed" in script.lines[0]
-        trusted = {"NATS_URL": url, "SSL_CERT_FILE": str(tmp_path / "cert")}
-        await server.create_streams(**trusted)
-        script = await server.run(*PUBLISHER, "--count", "1", **trusted)
         assert (script.process.returncode, script.messages) == (0, ["published order no. 0"])
 
 
