@@ -1,0 +1,197 @@
+"""What the README says about making it one's own, from the README's own text."""
+
+import asyncio
+import json
+import os
+import re
+import shlex
+import shutil
+import sqlite3
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from nats.aio.client import Client
+
+from jobqueue.connection import CLOSE
+from jobqueue.worker import CONFIRM_AT_STOP, EXPIRES
+from tests.harness import (
+    CONSUMER,
+    DLQ,
+    PUBLISHER,
+    ROOT,
+    Server,
+    durable_info,
+    edited,
+    emptied,
+    messages,
+    publish,
+    started,
+    with_body,
+)
+
+README = (ROOT / "README.md").read_text()
+NO_FAILURES = ("--failure-rate", "0", "--work-time", "0")
+
+
+def example(text: str) -> str:
+    """Return the README's example that has some text in it."""
+    (found,) = (block for block in re.findall(r"^```\w+\n(.*?)^```", README, re.M | re.S) if text in block)
+    return str(found)
+
+
+async def test_asynchronous_work_and_json(server: Server, nc: Client, tmp_path: Path) -> None:
+    sendmail = tmp_path / "sendmail"
+    sendmail.write_text(f'#!/bin/sh\n[ "$1" = ann ] || exit 75\ncat >{tmp_path}/sent\n')
+    sendmail.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    consumer = edited(CONSUMER[0], example("create_subprocess_exec"), tmp_path)
+    orders = ['{"to": "ann", "text": "Welcome"}', '{"to": "bob", "text": "Hello"}', '{"to": "ann']
+    await publish(nc, *(order.encode() for order in orders))
+    async with server.script(consumer, *CONSUMER[1:], PATH=path) as running:
+        await running.line(".* will be processed via DLQ", 2)
+    assert (tmp_path / "sent").read_text() == "Welcome"
+    (logged,) = re.findall(r"`(error processing .*?)`", README.replace("\n", " "))
+    assert running.found(".*bob.*")[0] == logged
+    assert running.found(r"error processing \{\"to\": \"ann: JSONDecodeError: .*")
+
+
+async def test_blocking_work_in_a_thread_is_kept_alive_and_done_once(
+    server: Server, nc: Client, tmp_path: Path
+) -> None:
+    """The database is locked for longer than the ack wait."""
+    database = tmp_path / "emails.db"
+    code = example("asyncio.to_thread").replace('"emails.db"', repr(str(database)))
+    consumer = edited(CONSUMER[0], code, tmp_path)
+    async with server.script(consumer, *CONSUMER[1:], "--concurrency", "2") as running:
+        with closing(sqlite3.connect(database)) as db:
+            db.execute("BEGIN EXCLUSIVE")
+            await publish(nc, b'{"to": "ann"}', **{"Nats-Msg-Id": "1"})
+            await publish(nc, b'{"to": "bob"}', **{"Nats-Msg-Id": "2"})
+            await asyncio.sleep(7)  # seconds; the ack wait is 5
+            db.rollback()
+        await emptied(nc, "orders_stream")
+        info = await durable_info(nc, "orders_stream", "processor")
+        assert info["delivered"]["consumer_seq"] == 2
+        assert await running.stop() == 0
+    with closing(sqlite3.connect(database)) as db:
+        assert db.execute("SELECT * FROM emails ORDER BY id").fetchall() == [("1", "ann"), ("2", "bob")]
+
+
+async def test_each_order_at_work_may_have_a_thread(server: Server, nc: Client, tmp_path: Path) -> None:
+    """They wait for each other; Python by itself has a few threads for each core."""
+    many = 40
+    code = f"import threading\nbarrier = threading.Barrier({many})\n"
+    code += "async def process(order: Msg) -> None:\n    await asyncio.to_thread(barrier.wait, 60)"
+    consumer = edited(CONSUMER[0], code, tmp_path)
+    await publish(nc, *[b"order"] * many)
+    async with server.script(consumer, *CONSUMER[1:], "--concurrency", str(many)) as running:
+        await emptied(nc, "orders_stream")
+        assert await running.stop() == 0
+    assert running.messages[-1] == f"stopped: {many} orders processed, 0 deliveries failed"
+
+
+async def test_more_attempts_and_longer_backoffs(server: Server, nc: Client, tmp_path: Path) -> None:
+    """A durable that is there gets what the constants say, and an order has so many attempts."""
+    async with server.script(*CONSUMER):
+        await durable_info(nc, "orders_stream", "processor")
+    constants = example("BACKOFF = ")
+    async with server.script(edited(CONSUMER[0], constants, tmp_path), *CONSUMER[1:]) as running:
+        info = await durable_info(nc, "orders_stream", "processor")
+        while info["config"]["max_deliver"] != 5:
+            info = await durable_info(nc, "orders_stream", "processor")
+        assert info["config"]["backoff"] == [seconds * 10**9 for seconds in (10, 60, 300)]
+        assert info["config"]["ack_wait"] == 10 * 10**9
+        assert await running.stop() == 0
+    short = re.sub(r"\[.*\]", "[0.2, 0.3, 0.4]", constants)
+    await publish(nc, b"order-0")
+    async with (
+        server.script(edited(CONSUMER[0], short, tmp_path), *CONSUMER[1:], "--failure-rate", "1") as running,
+        server.script(*DLQ) as dlq,
+    ):
+        await dlq.line("reprocessing order order-0")
+        await emptied(nc, "orders_stream", "orders_unprocessed")
+    assert running.messages == ["error processing order-0"] * 5 + ["order-0 will be processed via DLQ"]
+
+
+async def test_another_queue_beside_the_first(server: Server, nc: Client, tmp_path: Path) -> None:
+    for part in ("scripts", "publisher", "consumer", "dlq"):
+        shutil.copytree(ROOT / part, tmp_path / part)
+    (tmp_path / "emails.jsonl").write_text('{"to": "ann"}\n{"to": "bob"}\n')
+    for line in example("mkdir emails").splitlines():
+        command = shlex.split(line)
+        async with started(*command, cwd=tmp_path, NATS_URL=server.url) as running:
+            assert await running.status() == 0, running.lines
+    emails = tmp_path / "emails"
+    body = "assert b'ann' in order.data"
+    code = re.sub(r"\[.*\]", "[0.2]", example("BACKOFF = ")) + f"\nasync def process(order: Msg) -> None:\n    {body}"
+    edited(str(emails / "consumer.py"), code, emails)
+    consumer, dlq, publisher = (
+        [sys.executable, *shlex.split(line)[1:]] for line in example("--input emails.jsonl").splitlines()[-3:]
+    )
+    async with (
+        server.script(*CONSUMER, *NO_FAILURES) as orders,
+        server.script(*DLQ) as dead_orders,
+        started(*consumer, cwd=tmp_path, NATS_URL=server.url) as mails,
+        started(*dlq, cwd=tmp_path, NATS_URL=server.url) as dead_mails,
+        started(*publisher, cwd=tmp_path, NATS_URL=server.url) as mailing,
+    ):
+        assert await mailing.status() == 0
+        assert (await server.run(*PUBLISHER, "--count", "2", "--interval", "0")).process.returncode == 0
+        await dead_mails.line(r'reprocessing order \{"to": "bob"\}')
+        await emptied(nc, "orders_stream", "orders_unprocessed", "emails_stream", "emails_unprocessed")
+        for script in (orders, dead_orders, mails, dead_mails):
+            assert await script.stop() == 0
+    assert orders.messages[-1] == "stopped: 2 orders processed, 0 deliveries failed"
+    assert dead_orders.messages[-1] == "stopped: 0 dead letters done, 0 attempts failed, 0 advisories deleted"
+    assert mails.messages[-1] == "stopped: 1 orders processed, 5 deliveries failed"
+    assert len(dead_mails.found("reprocessing .*")) == 1
+
+
+@pytest.mark.parametrize("name", ["web shop", "caf\u00e9", "a..b.>", "*"])
+async def test_a_connection_may_have_any_name(server: Server, tmp_path: Path, name: str) -> None:
+    program = tmp_path / "program.py"
+    code = example("from jobqueue.publish").replace("emails.new", "orders.new").replace('"shop"', repr(name))
+    program.write_text(code)
+    assert (await server.run(str(program))).lines == ["stored"]
+
+
+async def test_publishing_from_a_program(server: Server, nc: Client, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(example("from jobqueue.publish").replace("emails.new", "orders.new"))
+    for _ in range(2):
+        assert (await server.run(str(program))).lines == ["stored"]
+    assert await messages(nc, "orders_stream") == 1
+    await nc.jetstream().delete_stream("orders_stream")
+    assert (await server.run(str(program))).lines[-1] == "not stored"
+
+
+async def test_the_services_run_and_have_the_time_to_stop(server: Server, nc: Client, tmp_path: Path) -> None:
+    (start,) = re.findall(r"ExecStart=\S+ (.*)", README)
+    (command,) = re.findall(r'command: \["python", (.*)\]', README)
+    assert shlex.split(start) == json.loads(f"[{command}]")
+    script, *arguments = shlex.split(start)
+    longest = float(arguments[arguments.index("--time-limit") + 1])
+    for seconds in re.findall(r"(?:TimeoutStopSec=|terminationGracePeriodSeconds: )(\d+)", README):
+        assert float(seconds) >= longest + max(CONFIRM_AT_STOP, EXPIRES) + CLOSE
+    await publish(nc, b"order-0")
+    consumer = with_body(script, "process", "log.info('at work')\n    await asyncio.sleep(4)", tmp_path)
+    async with server.script(consumer, *arguments) as running:
+        await running.line("at work")
+        assert await running.stop() == 0
+    assert running.messages[-1] == "stopped: 1 orders processed, 0 deliveries failed"
+
+
+async def test_the_commands_that_show_what_goes_on(server: Server, nc: Client) -> None:
+    await publish(nc, *(b"order-%d" % i for i in range(4)))
+    (watching,) = example("nats events").splitlines()
+    async with started(*shlex.split(watching), NATS_URL=server.url) as events:
+        await events.line("Listening for advisories on .*")
+        async with server.script(*CONSUMER, "--failure-rate", "1"):
+            await events.line(r".*\[JS Max Deliveries\] orders_stream \(4\) > processor: 2 deliveries")
+    for line in [*example("nats stream report\nnats consumer report").splitlines(), "nats stream get orders_stream 4"]:
+        assert line in README
+        async with started(*shlex.split(line), NATS_URL=server.url) as natscli:
+            assert await natscli.status() == 0, natscli.lines
+    assert "order-3" in natscli.lines
