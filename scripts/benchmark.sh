@@ -3,7 +3,11 @@
 # With arguments it is these sections only, and nothing is written:
 #
 #     ./scripts/benchmark.sh [--rounds 3] [SECTION ...]
+#
+# exit status: 0 it has been measured
 set -euo pipefail
+# shellcheck source=scripts/help.sh
+. "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
 scripts/setup.sh
 # An environment of its own: what the others need would change what the tests run.

@@ -3,8 +3,12 @@
 #
 #     scripts/setup.sh
 #
-# PYTHON names the Python to use (3.11 or later); the default is the first fit one on the PATH.
+# environment: PYTHON, the Python to use, 3.11 or later (default: the first fit one on the PATH)
+#
+# exit status: 0 all is there, 1 something is missing, and a line says what
 set -euo pipefail
+# shellcheck source=scripts/help.sh
+. "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
 
 NATSCLI=github.com/nats-io/natscli/nats@v0.4.0
@@ -36,7 +40,8 @@ install_natscli() {
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-if ! is_fit .venv/bin/python; then
+# The .venv of `uv run` has no pip.
+if ! is_fit .venv/bin/python || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     python=$(find_python)
     echo "making .venv with $("$python" --version) ..."
     rm -rf .venv

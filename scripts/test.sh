@@ -3,7 +3,11 @@
 # With arguments it is these tests only, as pytest takes them:
 #
 #     ./scripts/test.sh [-k NAME] [-m faults] [--seed N] [--soak TIMES]
+#
+# exit status: 0 all passed
 set -euo pipefail
+# shellcheck source=scripts/help.sh
+. "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
 scripts/setup.sh
 PATH="$PWD/.venv/bin:$PATH"
@@ -11,5 +15,10 @@ ruff check
 ruff format --check
 mypy
 shellcheck --external-sources scripts/*.sh .ci/run
-pytest "$@"
-[ $# -gt 0 ] || python tests/versions.py 2.10.25
+if [ $# -gt 0 ]; then
+    exec pytest "$@"
+fi
+coverage run -m pytest # the processes that the tests start are looked at too, but for those that they kill
+coverage combine --quiet
+coverage report
+python tests/versions.py 2.10.25

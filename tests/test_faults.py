@@ -80,6 +80,7 @@ async def test_server_killed(server: Server, chance: random.Random, soak: int) -
             await asyncio.sleep(chance.uniform(0.5, 1.5))
             working.expose(2)  # a server without replicas may forget acks of its last moments
             await server.restart(signal.SIGKILL)
+            working.expose(1)  # and what was on its way then
         assert await publishing.status() == 0
         async with server.client() as nc:
             print(await settled(nc, working, published))

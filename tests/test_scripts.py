@@ -1,6 +1,7 @@
 """The set-up, the demo, and what the README says of all the scripts."""
 
 import asyncio
+import os
 import re
 import shutil
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.harness import ROOT, started
+from tests.harness import PUBLISHER, ROOT, Server, started
 
 
 def left_behind(directory: Path) -> list[str]:
@@ -53,6 +54,7 @@ async def test_an_interrupted_demo_leaves_nothing_behind(tmp_path: Path, signum:
 
 async def test_the_setup_says_when_python_is_too_old(tmp_path: Path) -> None:
     (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "help.sh", tmp_path / "scripts")
     setup = shutil.copy(ROOT / "scripts" / "setup.sh", tmp_path / "scripts")
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2\nexit 1\n')
@@ -64,16 +66,49 @@ async def test_the_setup_says_when_python_is_too_old(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("script", ["publisher/publisher.py", "consumer/consumer.py", "dlq/consumer.py"])
 async def test_every_script_has_help(script: str) -> None:
-    async with started(sys.executable, script, "--help") as running:
+    async with started(sys.executable, script, "--help", COLUMNS="200") as running:
         assert await running.status() == 0
     assert running.lines[0].startswith("usage: ")
+    assert any(line.strip().startswith(f"python {script} ") for line in running.lines)
+    for variable in ("NATS_URL", "NATS_CREDENTIALS_FILE_PATH", "SSL_CERT_FILE"):
+        assert running.found(rf" +{variable} +.*")
+    assert [running.found(rf"  {status}  .*") for status in range(3)]
+    with_value = running.found(r"  --[a-z-]+ [A-Z_]+ .*")
+    assert not [line for line in with_value if "(default: " not in line and "--input" not in line]
+
+
+@pytest.mark.parametrize(
+    "script", sorted(path.name for path in (ROOT / "scripts").glob("*.sh") if os.access(path, os.X_OK))
+)
+async def test_every_shell_script_has_help(script: str, tmp_path: Path) -> None:
+    (tmp_path / "scripts").mkdir()
+    for file in (script, "help.sh", "natscli.sh"):  # nothing else is there that it could do
+        shutil.copy(ROOT / "scripts" / file, tmp_path / "scripts")
+    async with started(f"scripts/{script}", "--help", cwd=tmp_path) as running:
+        assert await running.status() == 0
+    assert [line for line in running.lines if re.fullmatch(rf"    .*scripts/{script}.*", line)]
+    assert running.lines[-1].startswith("exit status: ") or running.lines[-1].startswith("  ")
+
+
+async def test_uv_runs_a_script_without_any_setup(server: Server, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    for part in ("jobqueue", "publisher"):
+        shutil.copytree(ROOT / part, project / part)
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, project)
+    command = ("uv", "run", "--quiet", *PUBLISHER, "--count", "1")
+    # uv by itself knows only the well-known certificate authorities, where pip asks the system.
+    async with started(*command, cwd=project, NATS_URL=server.url, UV_SYSTEM_CERTS="true") as publisher:
+        assert await publisher.status() == 0, publisher.lines
+    assert publisher.messages[-1] == "published order no. 0"
 
 
 async def test_the_readme_names_what_is_there() -> None:
     readme = re.sub(r"https://[^)\s]+", "", (ROOT / "README.md").read_text())
     named = set(re.findall(r"[\w./]*\b\w+/[\w/]+\.(?:py|sh)\b", readme))
     assert {"publisher/publisher.py", "consumer/consumer.py", "dlq/consumer.py", "./scripts/demo.sh"} <= named
-    assert not [path for path in named if not (ROOT / path).is_file()]
+    own = "emails/"  # what the reader makes
+    assert not [path for path in named if not path.startswith(own) and not (ROOT / path).is_file()]
 
 
 async def test_the_readme_explains_every_flag_of_the_streams() -> None:
