@@ -169,11 +169,13 @@ async def connect(name: str) -> AsyncIterator[Client]:
             refused = _is_refusal(error)
             if refused or failed_attempts >= len(servers):
                 # nats-py would go on for ever, with a wrong password too.
-                hint = " (are the credentials wrong, expired or revoked?)" if refused else ""
                 why = reason(error).strip("'")
+                hint = " (are the credentials wrong, expired or revoked?)" if why.lower().startswith("auth") else ""
                 raise Failure(f"cannot connect to {where}: {why}{hint}")
         elif phase != "ended" and "permissions violation" in str(error).lower():
-            if not nc.forbidden:
+            if task.done():  # nobody is left who would be told
+                log.warning("the server refused: %s", reason(error))
+            elif not nc.forbidden:
                 nc.forbidden = reason(error)
                 task.cancel()
         elif phase == "open" and _is_refusal(error) and reason(error) != refusal:
@@ -260,5 +262,5 @@ def _destination() -> tuple[list[str], dict[str, Any]]:
 
 def _is_refusal(error: Exception) -> bool:
     return isinstance(error, Error) and any(
-        word in str(error).lower() for word in ("authorization", "authentication", "expired")
+        word in str(error).lower() for word in ("authorization", "authentication", "expired", "maximum")
     )

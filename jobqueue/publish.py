@@ -36,7 +36,7 @@ class Message(NamedTuple):
 
     def fits(self, nc: Client) -> bool:
         """Return whether the server takes it; nats-py doesn't count the header, and the server then hangs up."""
-        return HEADER + len(self.id) + len(self.payload) <= nc.max_payload
+        return HEADER + len(self.id.encode()) + len(self.payload) <= nc.max_payload
 
 
 async def publish(nc: Client, subject: str, message: Message) -> bool:

@@ -62,11 +62,17 @@ def start(run: Coroutine[None, None, int]) -> int:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     # Until stop_on_signal() takes over nothing is held: end at once, without a KeyboardInterrupt's traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    async def to_its_end() -> int:
+        try:
+            return await run
+        except Failure as failure:  # told at once: a thread that is still at work holds up the end of the event loop
+            log.error("%s", failure)
+            return 1
+
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            return runner.run(run)
-    except Failure as failure:
-        log.error("%s", failure)
+            return runner.run(to_its_end())
     except BaseException as error:  # what a user's own task raised may end the event loop
         log.error("%s", reason(error))
     return 1
