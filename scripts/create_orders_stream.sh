@@ -13,6 +13,9 @@ set -euo pipefail
 # shellcheck source=scripts/natscli.sh
 . "$(dirname "$0")/natscli.sh"
 [ $# -eq 0 ] || [ $# -eq 2 ] || fail "usage: $0 [STREAM SUBJECTS]" 2
+case ${2-orders.*} in
+    "" | *[[:space:][:cntrl:],]*) fail "SUBJECTS must be a subject such as orders.*" 2 ;;
+esac
 
 create_stream "${1-orders_stream}" \
     --subjects="${2-orders.*}" \

@@ -50,8 +50,8 @@ natscli() {
 # check_name NAME: fails if no stream can have that name.
 check_name() {
     case $1 in
-        "" | -* | *[[:space:][:cntrl:].*\>/\\]*)
-            fail "a stream needs a name without spaces, control characters and . * > / \\, and without a - before it" 2
+        "" | [-@]* | *[[:space:][:cntrl:].*\>/\\]*)
+            fail "a stream needs a name without spaces, control characters and . * > / \\, and without - or @ before it" 2
             ;;
     esac
 }
@@ -73,9 +73,11 @@ create_stream() {
         *"(10058)"*) ;; # the name is in use with a different configuration
         *) fail "$name was not created: $output" ;;
     esac
-    natscli stream add "$name" --defaults --output=/dev/stdout "$@" && wanted=$output
-    natscli stream info "$name" --json
-    fail "$name is there with another configuration, and was not changed: $(differences "$wanted" <<<"$output")"
+    local unchanged="$name is there with another configuration, and was not changed"
+    natscli stream add "$name" --defaults --output=/dev/stdout "$@" || fail "$unchanged: $output"
+    wanted=$output
+    natscli stream info "$name" --json || fail "$unchanged: $output"
+    fail "$unchanged: $(differences "$wanted" <<<"$output")"
 }
 
 # differences WANTED: says where the stream on standard input differs from the configuration WANTED (JSON).

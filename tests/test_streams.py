@@ -101,7 +101,7 @@ async def test_a_durable_has_the_articles_configuration(
     }
 
 
-NAMES = r"a stream needs a name without spaces, control characters and . * > / \, and without a - before it"
+NAMES = r"a stream needs a name without spaces, control characters and . * > / \, and without - or @ before it"
 SCRIPTS = ["scripts/create_orders_stream.sh", "scripts/create_orders_unprocessed.sh"]
 
 
@@ -142,8 +142,15 @@ async def test_replicas_are_what_the_variable_says(bare_server: Server, script: 
     [
         (SCRIPTS[0], ["a"], f"usage: {SCRIPTS[0]} [STREAM SUBJECTS]"),
         (SCRIPTS[1], ["a", "b", "c"], f"usage: {SCRIPTS[1]} [DLQ_STREAM ORIGINAL_STREAM]"),
-        *((SCRIPTS[0], [name, "a.*"], NAMES) for name in ("", "-a", "a b", "a\nb", "a.b", "a*", ">", "a/b", "a\\b")),
+        *(
+            (SCRIPTS[0], [name, "a.*"], NAMES)
+            for name in ("", "-a", "@a", "a b", "a\nb", "a.b", "a*", ">", "a/b", "a\\b")
+        ),
         (SCRIPTS[1], ["a", "b c"], NAMES),
+        *(
+            (SCRIPTS[0], ["a", subjects], "SUBJECTS must be a subject such as orders.*")
+            for subjects in ("", "a b", "a,b")
+        ),
     ],
 )
 async def test_wrong_usage_of_a_stream_script(
