@@ -16,6 +16,7 @@ from nats.aio.msg import Msg
 from nats.aio.transport import TcpTransport
 from nats.errors import Error, SecureConnWantedError
 from nats.js.errors import ServiceUnavailableError
+from nats.protocol.parser import PERMISSIONS_ERR
 
 from jobqueue.script import Failure, reason, text
 
@@ -116,7 +117,7 @@ class _Client(Client):
 
     async def _process_err(self, err_msg: str) -> None:
         """Reconnect when the server ends the connection: nats-py closes it for good, say when a user expires."""
-        if "permissions violation" in err_msg.lower():
+        if PERMISSIONS_ERR in err_msg:
             await super()._process_err(err_msg)
             return
         error = Error(f"nats: {err_msg}")
@@ -172,15 +173,16 @@ async def connect(name: str) -> AsyncIterator[Client]:
                 why = reason(error).strip("'")
                 hint = " (are the credentials wrong, expired or revoked?)" if why.lower().startswith("auth") else ""
                 raise Failure(f"cannot connect to {where}: {why}{hint}")
-        elif phase != "ended" and "permissions violation" in str(error).lower():
+        elif phase != "ended" and PERMISSIONS_ERR in str(error):
             if task.done():  # nobody is left who would be told
                 log.warning("the server refused: %s", reason(error))
             elif not nc.forbidden:
                 nc.forbidden = reason(error)
                 task.cancel()
-        elif phase == "open" and _is_refusal(error) and reason(error) != refusal:
+        elif _is_refusal(error) and reason(error) != refusal:
             refusal = reason(error)
-            log.warning("the server refused the connection: %s", refusal)
+            if phase == "open":
+                log.warning("the server refused the connection: %s", refusal)
 
     async def on_disconnected() -> None:
         if phase == "open":
