@@ -1,6 +1,5 @@
 """The queue on a server like Synadia Cloud's, and what goes wrong there."""
 
-import asyncio
 import re
 import shlex
 import time
@@ -278,6 +277,14 @@ async def test_the_permissions_in_the_readme_are_what_is_needed(cloud: Cloud, tm
         seen.add(message.subject)
         seen.add(message.reply)
 
+    async def is_published() -> bool:
+        return advisory in seen
+
+    async def are_all_used() -> bool:
+        return all(any(overlap(one, other) for other in seen) for one in allowed)
+
+    advisory = f"{ADVISORIES}.processor"
+    allowed = {subject for role in ROLES.values() for cell in role for subject in cell}
     admin = cloud.user("admin.creds")
     consumer = with_body(
         CONSUMER[0], "process", "await asyncio.sleep(0.6)\n    assert order.data != b'order-1'", tmp_path
@@ -293,21 +300,13 @@ async def test_the_permissions_in_the_readme_are_what_is_needed(cloud: Cloud, tm
         async with cloud.script(consumer, *CONSUMER[1:], **worker) as running:
             await running.line("order-1 will be processed via DLQ")
             # The server's advisory is lost. So the DLQ processor publishes one.
-            advisory = f"{ADVISORIES}.processor"
-            async with asyncio.timeout(60):
-                while advisory not in seen:
-                    await asyncio.sleep(0.1)
+            await until(is_published)
             seen.remove(advisory)
             assert (await cloud.run(STREAM_SCRIPTS[1], **admin)).process.returncode == 0
             async with cloud.script(dlq_script, *DLQ[1:], **dlq_processor) as dlq:
                 await dlq.line("reprocessing order order-1")
                 await emptied(nc, "orders_stream", "orders_unprocessed")
-                unused = {""}
-                async with asyncio.timeout(60):
-                    while unused:
-                        await asyncio.sleep(0.1)
-                        allowed = {subject for role in ROLES.values() for cell in role for subject in cell}
-                        unused = {one for one in allowed if not any(overlap(one, other) for other in seen)}
+                await until(are_all_used)
                 assert await dlq.stop() == 0
             assert await running.stop() == 0
     assert len(dlq.lines) == 4, dlq.lines
@@ -322,6 +321,9 @@ async def test_the_permissions_in_the_readme_allow_nothing_else(cloud: Cloud) ->
 
         async def see(error: Exception) -> None:
             refused.append(str(error))  # noqa: B023  each client is closed before the next one is made
+
+        async def are_all_refused() -> bool:
+            return len(refused) >= len(forbidden) + 5  # noqa: B023
 
         async with cloud.client(role, error_cb=see) as nc:
             streams = ["secrets"] + ([] if role == "DLQ processor" else ["orders_unprocessed"])
@@ -344,9 +346,7 @@ async def test_the_permissions_in_the_readme_allow_nothing_else(cloud: Cloud) ->
             for subject in ("orders.*", "_INBOX.>", "_INBOX.somebody.*", "$JS.>", ">"):
                 await nc.subscribe(subject)
             await nc.flush()
-            async with asyncio.timeout(30):
-                while len(refused) < len(forbidden) + 5:
-                    await asyncio.sleep(0.05)
+            await until(are_all_refused)
 
 
 def _stream(script: str) -> str:

@@ -28,6 +28,7 @@ from tests.harness import (
     messages,
     publish,
     started,
+    until,
     with_body,
 )
 
@@ -94,13 +95,17 @@ async def test_each_order_at_work_may_have_a_thread(server: Server, nc: Client, 
 
 async def test_more_attempts_and_longer_backoffs(server: Server, nc: Client, tmp_path: Path) -> None:
     """A durable that is there gets what the constants say, and an order has so many attempts."""
+
+    async def is_updated() -> bool:
+        config = (await durable_info(nc, "orders_stream", "processor"))["config"]
+        return bool(config["max_deliver"] == 5)
+
     async with server.script(*CONSUMER):
         await durable_info(nc, "orders_stream", "processor")
     constants = example("BACKOFF = ")
     async with server.script(edited(CONSUMER[0], constants, tmp_path), *CONSUMER[1:]) as running:
+        await until(is_updated)
         info = await durable_info(nc, "orders_stream", "processor")
-        while info["config"]["max_deliver"] != 5:
-            info = await durable_info(nc, "orders_stream", "processor")
         assert info["config"]["backoff"] == [seconds * 10**9 for seconds in (10, 60, 300)]
         assert info["config"]["ack_wait"] == 10 * 10**9
         assert await running.stop() == 0

@@ -72,7 +72,7 @@ async def test_every_script_has_help(script: str) -> None:
     assert any(line.strip().startswith(f"python {script} ") for line in running.lines)
     for variable in ("NATS_URL", "NATS_CREDENTIALS_FILE_PATH", "SSL_CERT_FILE"):
         assert running.found(rf" +{variable} +.*")
-    assert [running.found(rf"  {status}  .*") for status in range(3)]
+    assert all(running.found(rf"  {status}  .*") for status in range(3))
     with_value = running.found(r"  --[a-z-]+ [A-Z_]+ .*")
     assert not [line for line in with_value if "(default: " not in line and "--input" not in line]
 
