@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import ConnectionReconnectingError, Error, NoRespondersError, OutboundBufferLimitError
-from nats.js.api import ConsumerConfig, ConsumerInfo
+from nats.js.api import ConsumerConfig, ConsumerInfo, StreamInfo
 from nats.js.errors import NoStreamResponseError, NotFoundError, ServerError, ServiceUnavailableError
 
 from jobqueue.script import Failure, reason, text
@@ -43,13 +43,14 @@ AT_START = 30.0  # seconds of asking for what a script needs before it can work
 CONFIRM = 30.0  # seconds of asking for the confirmation of one ack
 CONFIRM_AT_STOP = 10.0
 UNANSWERED = 6  # requests for it without an answer: the server knows of no such delivery, and sends the message again
-SAME_STREAM = 0.5  # seconds that a message may be held without a look whether its stream was deleted meanwhile
+NEWS = 0.5  # seconds that a message may be held without a look at whose stream it is, and at who leads
 TICK = 0.1  # seconds between two looks at what is due
 LONGEST_PAUSE = 2.0  # seconds between two pull requests while something is wrong
 LONGEST_RETRY_PAUSE = 0.5  # seconds between two attempts at any other request
 ANSWER = 1.0  # seconds for the answer to any other request
-# Seconds without a pull request after a server or a leader was away: longer than it takes every process to repeat its
-# acks, so that they are there before a message whose ack wait is over is sent again.
+# Seconds without a pull request after a server or a leader was away, and from the start if another is away meanwhile:
+# longer than it takes every process to repeat its acks, so that they are there before a message whose ack wait is over
+# is sent again.
 HOLD_BACK = 3.0
 
 FAR = 0.005  # seconds of the shortest round trip from which on one message ahead may be too few
@@ -208,6 +209,8 @@ class Worker:
         self._waiting: dict[Answers, float] = {}  # the slots that wait for an answer, and until when
         self._troubled: set[Answers] = set()  # the slots whose last answer was no good
         self._replicated = False
+        self._leaders: list[str | None] = []  # the stream's and the durable's, when they were last there
+        self._changed = -math.inf  # when others were there, or none, or no connection
         self._mending = asyncio.Lock()
         self._mended = 0.0  # when a slot last did that, and what it failed with
         self._fault: Error | None = None
@@ -225,11 +228,15 @@ class Worker:
         """
         durable = f"the durable {self._durable} on {self._stream}"
         at_start = _at_start()
+
+        def give_up(fault: Exception) -> bool:
+            return self._stop.is_set() or at_start(fault)
+
         try:
-            info = await retry(self._create_durable, durable, lambda fault: self._stop.is_set() or at_start(fault))
+            info = await retry(self._create_durable, durable, give_up)
+            await retry(self._mend, durable, give_up)
         except (Error, TimeoutError) as error:
             raise Failure(f"cannot create {durable}: {reason(error)}") from None
-        self._replicated = bool(info.cluster and info.cluster.replicas)
         ack_wait = min(info.config.backoff or [info.config.ack_wait or 30.0])
         tally: Counter[bytes] = Counter()
         async with asyncio.TaskGroup() as tasks:
@@ -289,6 +296,11 @@ class Worker:
             if acked and not answers.empty():  # a late answer to an earlier request confirms nothing
                 await self._confirm(acked, ACK)
                 acked = None
+            if answers.empty() and self._holds_back():
+                if acked:
+                    await self._confirm(acked, ACK)
+                    acked = None
+                await self._recover(answers, TICK)
             asked_at = loop.time() if answers.empty() else -math.inf  # a late answer tells nothing of the way
             if acked and self._replicated:
                 _, answer = await asyncio.gather(self._confirm(acked, ACK), self._ask(inbox, None, answers))
@@ -337,11 +349,12 @@ class Worker:
             verdict = await self._work(message)
         tally[verdict] += 1
         self._note_work(loop.time() - began_at, verdict)
-        if verdict == ACK and loop.time() > arrived_at + SAME_STREAM:
-            await self._confirm(message, ACK, doubtful=True)
-        elif verdict == ACK and message.reply in self._held:
+        if loop.time() > arrived_at + NEWS:
+            with suppress(Error):
+                await self._mend()
+        if verdict == ACK and message.reply in self._held:
             return message
-        elif verdict == TERM:
+        if verdict == TERM:
             await self._confirm(message, TERM)
         else:
             self._held.pop(message.reply, None)
@@ -388,6 +401,7 @@ class Worker:
             reconnects = self._nc.stats["reconnects"]
             if reconnected:
                 self._round_trip = math.inf
+                self._changed = now
             for answers, deadline in list(self._waiting.items()):
                 if reconnected or now > deadline:
                     del self._waiting[answers]
@@ -405,6 +419,7 @@ class Worker:
         """
         loop = asyncio.get_running_loop()
         began = loop.time()
+        doubtful = doubtful or self._holds_back()
         unanswered = 0
 
         async def send() -> None:
@@ -433,21 +448,28 @@ class Worker:
             log.warning("ack of # %d in %s is not confirmed: it may come again", sequence, self._stream)
         self._held.pop(message.reply, None)
 
+    def _holds_back(self) -> bool:
+        """Return whether other processes may not have repeated their acks yet."""
+        return asyncio.get_running_loop().time() < self._changed + HOLD_BACK
+
     async def _recover(self, answers: Answers, pause: float) -> None:
-        """Back off until the stream and its durable are there, and every process has repeated its acks."""
+        """Back off until the stream and its durable were there for so long that every process has repeated its acks."""
+        held_back = False
         while not self._stop.is_set():
             await self._pause(pause)
             try:
                 await self._mend()
-                break
+                if held_back and not self._holds_back():
+                    break
+                held_back = True
+                pause = HOLD_BACK
             except Error as error:
                 self._troubled.add(answers)
                 self._complain(reason(error))
                 pause = min(2 * pause, LONGEST_PAUSE)
-        await self._pause(HOLD_BACK)
 
     async def _mend(self) -> None:
-        """See to it that the durable is there, and let go of what came from a stream that was deleted.
+        """See to it that the durable is there, let go of what came from a stream that was deleted, note who leads.
 
         One slot does that for all that ask before it begins.
         """
@@ -457,10 +479,17 @@ class Worker:
                 self._mended = asyncio.get_running_loop().time()
                 self._fault = None
                 try:
-                    await self._find_durable()
-                    await self._let_go()
+                    durable = await self._find_durable()
+                    stream = await self._nc.jetstream(timeout=ANSWER).stream_info(self._stream)
+                    self._let_go(stream)
+                    self._replicated = bool(durable.cluster and durable.cluster.replicas)
+                    leaders = [info.cluster.leader if info.cluster else None for info in (stream, durable)]
+                    if self._leaders not in (leaders, []):
+                        self._changed = asyncio.get_running_loop().time()
+                    self._leaders = leaders
                 except Error as error:
                     self._fault = error
+                    self._changed = asyncio.get_running_loop().time()
             if self._fault:
                 raise self._fault
 
@@ -468,11 +497,10 @@ class Worker:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._stop.wait(), seconds)
 
-    async def _let_go(self) -> None:
+    def _let_go(self, stream: StreamInfo) -> None:
         """Let go of what came from a stream that was deleted: an ack would go to what has its sequence now."""
-        created = (await self._nc.jetstream(timeout=ANSWER).stream_info(self._stream)).created
         for message in list(self._held.values()):
-            if created and message.metadata.timestamp < created:
+            if stream.created and message.metadata.timestamp < stream.created:
                 del self._held[message.reply]
 
     def _complain(self, complaint: str) -> None:
@@ -492,13 +520,13 @@ class Worker:
                 self._complaint = ""
                 log.info("%s is back", self._stream)
 
-    async def _find_durable(self) -> None:
+    async def _find_durable(self) -> ConsumerInfo:
         """See to it that the durable is there and has a leader, which is who answers."""
         try:
-            info = await self._nc.jetstream(timeout=ANSWER).consumer_info(self._stream, self._durable)
+            info: ConsumerInfo = await self._nc.jetstream(timeout=ANSWER).consumer_info(self._stream, self._durable)
         except NotFoundError:
             info = await self._create_durable()
-        self._replicated = bool(info.cluster and info.cluster.replicas)
+        return info
 
     async def _create_durable(self) -> ConsumerInfo:
         """Create or update the durable.

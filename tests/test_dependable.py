@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 
 from jobqueue.connection import connect
 from tests.harness import (
     ADVISORIES,
     CONSUMER,
     DLQ,
+    PATIENCE,
     PUBLISHER,
     Server,
+    clustered,
     dead_letters,
     durable_info,
     emptied,
@@ -405,6 +408,50 @@ async def test_a_durable_that_is_deleted_while_all_slots_hold_orders_is_created_
 async def is_held(nc: Client, count: int) -> bool:
     held: int = (await durable_info(nc, "orders_stream", "processor"))["num_ack_pending"]
     return held == count
+
+
+async def test_a_new_leader_gets_all_acks_before_it_is_asked_for_more(tmp_path: Path) -> None:
+    """The leader changes while a consumer is at work and asks for nothing, and again before it asks for more."""
+    go = tmp_path / "go"
+    body = f"""from pathlib import Path
+    while not Path({str(go)!r}).exists():
+        await asyncio.sleep(0.1)
+    await asyncio.sleep(1 if order.data == b"order-0" else 4.5)"""
+    script = with_body("consumer/consumer.py", "process", body, tmp_path)
+    durable = "orders_stream.processor"
+    acked: set[str] = set()  # before more was asked for
+    has_acked, has_asked = asyncio.Event(), asyncio.Event()
+
+    async def see(message: Msg) -> None:
+        if not message.subject.startswith("$JS.ACK"):
+            has_asked.set()
+        elif message.data != b"+WPI" and not has_asked.is_set():
+            acked.add(message.subject)
+            has_acked.set()
+
+    async def leader() -> str:
+        name: str = (await durable_info(nc, "orders_stream", "processor"))["cluster"].get("leader", "")
+        return name
+
+    async def is_another() -> bool:
+        return await leader() not in ("", old)
+
+    async with clustered(tmp_path) as (cluster, nc):
+        await cluster.run(*PUBLISHER, "--count", "2", "--interval", "0")
+        async with cluster.script(script, *CONSUMER[1:]):
+            await until(lambda: is_held(nc, 2))
+            for subject in (f"$JS.API.CONSUMER.MSG.NEXT.{durable}", f"$JS.ACK.{durable}.>"):
+                await nc.subscribe(subject, cb=see)
+            old = await leader()
+            await request(nc, f"CONSUMER.LEADER.STEPDOWN.{durable}")
+            await until(is_another)
+            go.touch()
+            async with asyncio.timeout(PATIENCE):
+                await has_acked.wait()
+                await asyncio.sleep(1)  # it has looked who leads by then, and looks again in two seconds
+                await request(nc, f"CONSUMER.LEADER.STEPDOWN.{durable}")
+                await has_asked.wait()
+    assert len(acked) == 2
 
 
 async def test_an_order_of_a_stream_that_was_deleted_acknowledges_nothing_in_its_successor(

@@ -98,18 +98,22 @@ async def test_server_in_lame_duck_mode(server: Server, soak: int) -> None:
 
 
 async def test_leaders_killed(tmp_path: Path, chance: random.Random, soak: int) -> None:
-    """What was acknowledged comes again from no new leader; it may not know what was begun in the last moment."""
+    """What was acknowledged comes again from no new leader; it may not know what was begun in the last moment.
+
+    Every other leader is killed as soon as it is there, before all acks have been repeated.
+    """
     async with clustered(tmp_path) as (cluster, nc):
         published = names(3000 * soak)
         publisher = (*PUBLISHER, "--count", str(len(published)), "--interval", "0.002")
         many = ("--concurrency", "40", "--work-time", "0.3", "--failure-rate", "0.1")
         async with crew(cluster, 3, *many) as working, cluster.script(*publisher) as publishing:
             await publishing.line("published .*", 100)
-            for _ in range(3 * soak):
-                await asyncio.sleep(chance.uniform(0.5, 2))
+            for kill in range(4 * soak):
+                await asyncio.sleep(0 if kill % 2 else chance.uniform(0.5, 2))
                 leader = await cluster.leader(nc, "orders_stream")
-                await leader.stop(signal.SIGKILL)
                 working.expose(0.25)
+                await leader.stop(signal.SIGKILL)
+                working.expose(0.25)  # and what was on its way then
                 await leader.start()
                 await until(cluster.is_healthy)
             assert await publishing.status() == 0
