@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import ConnectionReconnectingError, Error, NoRespondersError, OutboundBufferLimitError
-from nats.js.api import ConsumerConfig, ConsumerInfo, StreamInfo
+from nats.js.api import ConsumerConfig, ConsumerInfo
 from nats.js.errors import NoStreamResponseError, NotFoundError, ServerError, ServiceUnavailableError
 
 from jobqueue.script import Failure, reason, text
@@ -209,8 +209,8 @@ class Worker:
         self._waiting: dict[Answers, float] = {}  # the slots that wait for an answer, and until when
         self._troubled: set[Answers] = set()  # the slots whose last answer was no good
         self._replicated = False
-        self._leaders: list[str | None] = []  # the stream's and the durable's, when they were last there
-        self._changed = -math.inf  # when others were there, or none, or no connection
+        self._leader: str | None = None  # the durable's, when it last had one; None on a single server
+        self._changed = -math.inf  # when it was another one, or none was there, or no connection
         self._mending = asyncio.Lock()
         self._mended = 0.0  # when a slot last did that, and what it failed with
         self._fault: Error | None = None
@@ -228,15 +228,11 @@ class Worker:
         """
         durable = f"the durable {self._durable} on {self._stream}"
         at_start = _at_start()
-
-        def give_up(fault: Exception) -> bool:
-            return self._stop.is_set() or at_start(fault)
-
         try:
-            info = await retry(self._create_durable, durable, give_up)
-            await retry(self._mend, durable, give_up)
+            info = await retry(self._create_durable, durable, lambda fault: self._stop.is_set() or at_start(fault))
         except (Error, TimeoutError) as error:
             raise Failure(f"cannot create {durable}: {reason(error)}") from None
+        self._note_leader(info)
         ack_wait = min(info.config.backoff or [info.config.ack_wait or 30.0])
         tally: Counter[bytes] = Counter()
         async with asyncio.TaskGroup() as tasks:
@@ -469,7 +465,7 @@ class Worker:
                 pause = min(2 * pause, LONGEST_PAUSE)
 
     async def _mend(self) -> None:
-        """See to it that the durable is there, let go of what came from a stream that was deleted, note who leads.
+        """See to it that the durable is there, and let go of what came from a stream that was deleted.
 
         One slot does that for all that ask before it begins.
         """
@@ -479,14 +475,8 @@ class Worker:
                 self._mended = asyncio.get_running_loop().time()
                 self._fault = None
                 try:
-                    durable = await self._find_durable()
-                    stream = await self._nc.jetstream(timeout=ANSWER).stream_info(self._stream)
-                    self._let_go(stream)
-                    self._replicated = bool(durable.cluster and durable.cluster.replicas)
-                    leaders = [info.cluster.leader if info.cluster else None for info in (stream, durable)]
-                    if self._leaders not in (leaders, []):
-                        self._changed = asyncio.get_running_loop().time()
-                    self._leaders = leaders
+                    self._note_leader(await self._find_durable())
+                    await self._let_go()
                 except Error as error:
                     self._fault = error
                     self._changed = asyncio.get_running_loop().time()
@@ -497,10 +487,18 @@ class Worker:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._stop.wait(), seconds)
 
-    def _let_go(self, stream: StreamInfo) -> None:
+    def _note_leader(self, info: ConsumerInfo) -> None:
+        leader = info.cluster.leader if info.cluster else None
+        if self._leader not in (leader, None):
+            self._changed = asyncio.get_running_loop().time()
+        self._leader = leader
+        self._replicated = bool(info.cluster and info.cluster.replicas)
+
+    async def _let_go(self) -> None:
         """Let go of what came from a stream that was deleted: an ack would go to what has its sequence now."""
+        created = (await self._nc.jetstream(timeout=ANSWER).stream_info(self._stream)).created
         for message in list(self._held.values()):
-            if stream.created and message.metadata.timestamp < stream.created:
+            if created and message.metadata.timestamp < created:
                 del self._held[message.reply]
 
     def _complain(self, complaint: str) -> None:

@@ -384,8 +384,12 @@ async def test_an_ack_that_was_lost_is_sent_again(server: Server, nc: Client) ->
 
 
 async def test_a_durable_that_was_deleted_is_created_again(server: Server, nc: Client) -> None:
+    async def is_waiting() -> bool:
+        waiting: int = (await durable_info(nc, "orders_stream", "processor"))["num_waiting"]
+        return waiting == 2
+
     async with server.script(*CONSUMER, *NO_FAILURES) as consumer:
-        await durable_info(nc, "orders_stream", "processor")
+        await until(is_waiting)
         await request(nc, "CONSUMER.DELETE.orders_stream.processor")
         await publish(nc, b"order-0")
         await consumer.line("received order-0 .*")
@@ -465,7 +469,7 @@ async def test_an_order_of_a_stream_that_was_deleted_acknowledges_nothing_in_its
     script = with_body("consumer/consumer.py", "process", body, tmp_path)
     await publish(nc, b"old")
     async with server.script(script, *CONSUMER[1:], "--concurrency", "2") as consumer:
-        await durable_info(nc, "orders_stream", "processor")
+        await until(lambda: is_held(nc, 1))
         await request(nc, "STREAM.DELETE.orders_stream")
         await consumer.line("orders_stream: .*; trying again")
         await server.create_streams()
@@ -485,7 +489,6 @@ async def test_the_same_holds_while_a_consumer_has_no_hand_free(server: Server, 
     script = with_body("consumer/consumer.py", "process", body, tmp_path)
     await publish(nc, b"old-0", b"old-1")
     async with server.script(script, *CONSUMER[1:]) as saturated:
-        await durable_info(nc, "orders_stream", "processor")
         await until(lambda: is_held(nc, 2))
         await request(nc, "STREAM.DELETE.orders_stream")
         await server.create_streams()
