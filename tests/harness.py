@@ -19,6 +19,7 @@ import nats
 from nats.aio.client import Client
 from nats.aio.subscription import Subscription
 from nats.js.api import AckPolicy, ConsumerConfig
+from nats.js.errors import BadRequestError
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -367,12 +368,20 @@ async def pull(nc: Client, stream: str, durable: str, batch: int) -> Subscriptio
 
 @asynccontextmanager
 async def clustered(directory: Path) -> AsyncIterator[tuple[Cluster, Client]]:
-    """Run three nats-servers with both streams on three replicas."""
+    """Run three nats-servers with both streams on three replicas, whose leaders take orders."""
     cluster = Cluster(directory)
+
+    async def takes_orders() -> bool:
+        with suppress(BadRequestError):  # a leader refuses this one; without one there is no answer
+            await nc.jetstream().publish("orders.new", stream="another")
+            return False
+        return True
+
     try:
         await cluster.start()
         await cluster.create_streams(REPLICAS="3")
         async with cluster.client() as nc:
+            await until(takes_orders)
             yield cluster, nc
     finally:
         await cluster.stop()

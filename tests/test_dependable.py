@@ -441,7 +441,7 @@ async def test_a_new_leader_gets_all_acks_before_it_is_asked_for_more(tmp_path: 
         return await leader() not in ("", old)
 
     async with clustered(tmp_path) as (cluster, nc):
-        await cluster.run(*PUBLISHER, "--count", "2", "--interval", "0")
+        await publish(nc, b"order-0", b"order-1")
         async with cluster.script(script, *CONSUMER[1:]):
             await until(lambda: is_held(nc, 2))
             for subject in (f"$JS.API.CONSUMER.MSG.NEXT.{durable}", f"$JS.ACK.{durable}.>"):
