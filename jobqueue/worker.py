@@ -211,6 +211,7 @@ class Worker:
         self._replicated = False
         self._leader: str | None = None  # the durable's, when it last had one; None on a single server
         self._changed = -math.inf  # when it was another one, or none was there, or no connection
+        self._reconnects = nc.stats["reconnects"]  # that are known of
         self._mending = asyncio.Lock()
         self._mended = 0.0  # when a slot last did that, and what it failed with
         self._fault: Error | None = None
@@ -373,7 +374,9 @@ class Worker:
         # What is sent without a connection is kept by nats-py and sent later: more requests than wanted.
         while answers.empty() and not self._nc.is_connected and not self._stop.is_set():
             await asyncio.sleep(TICK)
-        if answers.empty() and not self._stop.is_set():
+        if answers.empty():
+            if self._stop.is_set() or self._holds_back():  # the connection was lost, or not yet back
+                return None
             with suppress(OutboundBufferLimitError):
                 if acked:
                     await self._nc.publish(acked.reply, self._ack_and_pull, reply=inbox)
@@ -388,16 +391,16 @@ class Worker:
     async def _tick(self, heartbeat: float) -> None:
         """Keep alive what is held; wake the slots whose answer is lost, as each of before a reconnect may be."""
         loop = asyncio.get_running_loop()
-        reconnects = self._nc.stats["reconnects"]
+        reconnects = self._reconnects
         due = loop.time() + heartbeat
         while True:
             await asyncio.sleep(TICK)
             now = loop.time()
-            reconnected = reconnects != self._nc.stats["reconnects"]
-            reconnects = self._nc.stats["reconnects"]
+            self._note_reconnect()
+            reconnected = reconnects != self._reconnects
+            reconnects = self._reconnects
             if reconnected:
                 self._round_trip = math.inf
-                self._changed = now
             for answers, deadline in list(self._waiting.items()):
                 if reconnected or now > deadline:
                     del self._waiting[answers]
@@ -446,7 +449,15 @@ class Worker:
 
     def _holds_back(self) -> bool:
         """Return whether other processes may not have repeated their acks yet."""
+        self._note_reconnect()
         return asyncio.get_running_loop().time() < self._changed + HOLD_BACK
+
+    def _note_reconnect(self) -> None:
+        """Count a reconnect as a change; a slot that waited for it may see it before `_tick` does."""
+        reconnects = self._nc.stats["reconnects"]
+        if self._reconnects != reconnects:
+            self._reconnects = reconnects
+            self._changed = asyncio.get_running_loop().time()
 
     async def _recover(self, answers: Answers, pause: float) -> None:
         """Back off until the stream and its durable were there for so long that every process has repeated its acks."""

@@ -359,16 +359,37 @@ async def test_a_lost_connection_is_waited_out(server: Server, nc: Client) -> No
     assert (await durable_info(nc, "orders_stream", "processor"))["delivered"]["consumer_seq"] == 2
 
 
-async def test_work_that_ends_without_a_connection_is_acknowledged_after_it(server: Server, nc: Client) -> None:
-    consumer = (*CONSUMER, *NO_FAILURES, "--work-time", "1")
-    async with proxied(server.port) as proxy, server.script(*consumer, NATS_URL=proxy.url) as running:
+async def test_work_that_ends_without_a_connection_is_acknowledged_after_it(
+    server: Server, nc: Client, tmp_path: Path
+) -> None:
+    """And before it asks for more, which it does not at once: others may have acks to send, too."""
+    body = """log.info("received it")
+    while order._client.is_connected:
+        await asyncio.sleep(0.01)
+    log.info("done")"""
+    script = with_body("consumer/consumer.py", "process", body, tmp_path)
+    seen: list[str] = []  # of its requests, before it asked for more
+    has_asked = asyncio.Event()
+
+    async def see(message: Msg) -> None:
+        if "MSG.NEXT" in message.subject or message.data.startswith(b"+NXT"):
+            has_asked.set()
+        elif message.data != b"+WPI" and not has_asked.is_set():
+            seen.append("ACK" if message.data == b"+ACK" else ".".join(message.subject.split(".")[2:4]))
+
+    async with proxied(server.port) as proxy, server.script(script, *CONSUMER[1:], NATS_URL=proxy.url) as running:
         await publish(nc, b"order-0")
-        await running.line("received order-0 .*")
+        await running.line("received it")
         proxy.cut()
-        await running.line("connection lost; reconnecting")
-        await asyncio.sleep(2)
+        await running.line("done")
+        await asyncio.sleep(1)  # it waits to acknowledge by then
+        await nc.subscribe("$JS.>", cb=see)
         proxy.mend()
+        async with asyncio.timeout(PATIENCE):
+            await has_asked.wait()
         await emptied(nc, "orders_stream")
+    assert seen.count("ACK") == 1
+    assert seen.count("CONSUMER.INFO") >= 2, "it didn't hold back"
     assert (await durable_info(nc, "orders_stream", "processor"))["delivered"]["consumer_seq"] == 1
 
 
