@@ -288,43 +288,34 @@ class Worker:
         acked: Msg | None = None  # what is done, as long as no answer has confirmed its ack
         pause = TICK
         while not ((surplus or self._stop.is_set()) and answers.empty()):
-            if acked and acked.reply not in self._held:
+            if acked and (acked.reply not in self._held or not answers.empty()):
+                await self._confirm(acked, ACK)  # a late answer to an earlier request confirms nothing
                 acked = None
-            if acked and not answers.empty():  # a late answer to an earlier request confirms nothing
-                await self._confirm(acked, ACK)
-                acked = None
-            if answers.empty() and self._holds_back():
-                if acked:
-                    await self._confirm(acked, ACK)
-                    acked = None
-                await self._recover(answers, TICK)
-            asked_at = loop.time() if answers.empty() else -math.inf  # a late answer tells nothing of the way
+            asked_at = loop.time() if answers.empty() else -math.inf  # and tells nothing of the way
             if acked and self._replicated:
                 _, answer = await asyncio.gather(self._confirm(acked, ACK), self._ask(inbox, None, answers))
                 acked = None
             else:
                 answer = await self._ask(inbox, acked, answers)
             trouble = _trouble(answer)
-            if answer and not answer.reply and not surplus and self._leave(self._concurrency + 1):
-                surplus = True  # nothing is waiting, or something is wrong, of which the other slots take care
+            if answer and not answer.reply and not surplus:  # nothing is waiting, or something is wrong
+                surplus = self._leave(self._concurrency + 1)
+            if surplus and trouble:
+                self._troubled.discard(answers)  # the other slots take care of it
             elif trouble:
                 self._unwell(answers, trouble)
-            elif answer:
+            elif answer or surplus:
                 self._well(answers)
             if acked:
                 if trouble or not answer:
                     await self._confirm(acked, ACK, doubtful=True)
                 self._held.pop(acked.reply, None)
                 acked = None
-            if surplus and trouble:
-                self._troubled.discard(answers)
-            elif surplus:
-                self._well(answers)
-            elif trouble or not answer:
+            if surplus or (answer and not trouble):
+                pause = TICK
+            else:
                 await self._recover(answers, pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
-            else:
-                pause = TICK
             if answer and answer.reply:
                 self._round_trip = min(self._round_trip, arrived_at - asked_at)
                 if not self._hands.locked() and self._slots < self._most_slots() and answer.metadata.num_pending:
@@ -370,12 +361,15 @@ class Worker:
             return LEAVE
 
     async def _ask(self, inbox: str, acked: Msg | None, answers: Answers) -> Msg | None:
-        """Acknowledge what is done, ask for the next message, and return the answer, or None if none came."""
+        """Acknowledge what is done, ask for the next message, and return the answer.
+
+        None means that there is none, or that this is no time to ask: the ack is then not sent.
+        """
         # What is sent without a connection is kept by nats-py and sent later: more requests than wanted.
         while answers.empty() and not self._nc.is_connected and not self._stop.is_set():
             await asyncio.sleep(TICK)
         if answers.empty():
-            if self._stop.is_set() or self._holds_back():  # the connection was lost, or not yet back
+            if self._stop.is_set() or self._holds_back():
                 return None
             with suppress(OutboundBufferLimitError):
                 if acked:
