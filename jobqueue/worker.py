@@ -21,6 +21,7 @@ import shlex
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
+from datetime import datetime
 from typing import Any, TypeVar
 
 from nats.aio.client import Client
@@ -71,6 +72,7 @@ PASSING = (
 
 Handle = Callable[[Msg], Awaitable[bytes]]
 Answers = asyncio.Queue[Msg | None]
+Identity = tuple[int, datetime]
 T = TypeVar("T")
 
 
@@ -206,6 +208,7 @@ class Worker:
         self._pull = json.dumps({"batch": 1, "expires": int(EXPIRES * 1e9)}).encode()
         self._ack_and_pull = b"+NXT " + self._pull
         self._held: dict[str, Msg] = {}  # by ack subject: what is worked on, or waits for a hand or a confirmation
+        self._verdicts: dict[Identity, asyncio.Future[bytes]] = {}  # of what is worked on, or waits for a confirmation
         self._waiting: dict[Answers, float] = {}  # the slots that wait for an answer, and until when
         self._troubled: set[Answers] = set()  # the slots whose last answer was no good
         self._replicated = False
@@ -309,7 +312,7 @@ class Worker:
             if acked:
                 if trouble or not answer:
                     await self._confirm(acked, ACK, doubtful=True)
-                self._held.pop(acked.reply, None)
+                self._settle(acked)
                 acked = None
             if surplus or (answer and not trouble):
                 pause = TICK
@@ -332,11 +335,7 @@ class Worker:
     async def _serve(self, message: Msg, arrived_at: float, tally: Counter[bytes]) -> Msg | None:
         """Work on a message, and return it if its ack is to go with the next pull request."""
         loop = asyncio.get_running_loop()
-        async with self._hands:
-            began_at = loop.time()
-            verdict = await self._work(message)
-        tally[verdict] += 1
-        self._note_work(loop.time() - began_at, verdict)
+        verdict = await self._verdict(message, tally)
         if loop.time() > arrived_at + NEWS:
             with suppress(Error):
                 await self._mend()
@@ -347,6 +346,27 @@ class Worker:
         else:
             self._held.pop(message.reply, None)
         return None
+
+    async def _verdict(self, message: Msg, tally: Counter[bytes]) -> bytes:
+        """Work on a message, or wait for what becomes of it, if the server sends it again while it is held.
+
+        The server loses sight of a message when it hears nothing of it for the ack wait, or has a new leader.
+        """
+        loop = asyncio.get_running_loop()
+        identity = _identity(message)
+        while earlier := self._verdicts.get(identity):
+            if (verdict := await earlier) != LEAVE:
+                return verdict
+        done = self._verdicts[identity] = loop.create_future()
+        async with self._hands:
+            began_at = loop.time()
+            verdict = await self._work(message)
+        tally[verdict] += 1
+        self._note_work(loop.time() - began_at, verdict)
+        if verdict == LEAVE:
+            self._verdicts.pop(identity, None)
+        done.set_result(verdict)
+        return verdict
 
     async def _work(self, message: Msg) -> bytes:
         try:
@@ -439,7 +459,11 @@ class Worker:
         except Error:
             sequence = message.metadata.sequence.stream
             log.warning("ack of # %d in %s is not confirmed: it may come again", sequence, self._stream)
+        self._settle(message)
+
+    def _settle(self, message: Msg) -> None:
         self._held.pop(message.reply, None)
+        self._verdicts.pop(_identity(message), None)
 
     def _holds_back(self) -> bool:
         """Return whether other processes may not have repeated their acks yet."""
@@ -504,7 +528,7 @@ class Worker:
         created = (await self._nc.jetstream(timeout=ANSWER).stream_info(self._stream)).created
         for message in list(self._held.values()):
             if created and message.metadata.timestamp < created:
-                del self._held[message.reply]
+                self._settle(message)
 
     def _complain(self, complaint: str) -> None:
         if complaint != self._complaint:
@@ -539,6 +563,11 @@ class Worker:
         """
         await self._nc.publish(f"$JS.ACK.{self._stream}.{self._durable}.1.0.0.0.0", Msg.Ack.Progress)
         return await self._nc.jetstream().add_consumer(self._stream, self._config)
+
+
+def _identity(message: Msg) -> Identity:
+    """Return what all deliveries of a message have in common; a stream that is created again has its sequences anew."""
+    return message.metadata.sequence.stream, message.metadata.timestamp
 
 
 def _trouble(answer: Msg | None) -> str:

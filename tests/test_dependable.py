@@ -393,6 +393,40 @@ async def test_work_that_ends_without_a_connection_is_acknowledged_after_it(
     assert (await durable_info(nc, "orders_stream", "processor"))["delivered"]["consumer_seq"] == 1
 
 
+@pytest.mark.parametrize("failures", [0, 1])
+async def test_an_order_that_comes_again_while_it_is_at_work_waits_for_what_becomes_of_it(
+    server: Server, nc: Client, tmp_path: Path, failures: int
+) -> None:
+    """A laptop sleeps for longer than the ack wait, say."""
+    go = tmp_path / "go"
+    body = f"""from pathlib import Path
+    log.info("began")
+    while not Path({str(go)!r}).exists():
+        await asyncio.sleep(0.05)
+    if order.metadata.num_delivered <= {failures}:
+        raise ValueError"""
+    script = with_body("consumer/consumer.py", "process", body, tmp_path)
+
+    async def is_sent_again() -> bool:
+        sent: int = (await durable_info(nc, "orders_stream", "processor"))["delivered"]["consumer_seq"]
+        return sent == 2
+
+    await publish(nc, b"order-0")
+    async with server.script(script, *CONSUMER[1:]) as consumer:
+        await consumer.line("began")
+        consumer.process.send_signal(signal.SIGSTOP)
+        await asyncio.sleep(7)
+        consumer.process.send_signal(signal.SIGCONT)
+        await until(is_sent_again)
+        await asyncio.sleep(0.5)
+        go.touch()
+        await emptied(nc, "orders_stream")
+        assert await consumer.stop() == 0
+    assert len(consumer.found("began")) == 1 + failures
+    assert await messages(nc, "orders_unprocessed") == 0
+    assert await is_sent_again()
+
+
 async def test_an_ack_that_was_lost_is_sent_again(server: Server, nc: Client) -> None:
     async with proxied(server.port) as proxy, server.script(*CONSUMER, *NO_FAILURES, NATS_URL=proxy.url) as consumer:
         await durable_info(nc, "orders_stream", "processor")
