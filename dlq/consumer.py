@@ -16,8 +16,8 @@ from nats.js.api import AckPolicy, ConsumerConfig
 
 from jobqueue import dead_letters
 from jobqueue.connection import connect
-from jobqueue.script import arguments, name, number, reason, start, stop_on_signal, text
-from jobqueue.worker import ACK, LEAVE, TERM, Worker, attempt, find_stream, retry
+from jobqueue.script import Failure, arguments, name, number, reason, start, stop_on_signal, text
+from jobqueue.worker import ACK, LEAVE, TERM, Worker, attempt, find_stream, overlap, retry
 
 log = logging.getLogger("dlq")
 
@@ -64,10 +64,21 @@ async def handle(nc: Client, options: argparse.Namespace, stop: asyncio.Event, a
     if error:
         log.error("error reprocessing order %s: %s", text(order.data), reason(error))
         if advisory.metadata.num_delivered >= MAX_DELIVER:
-            log.error("%s stays in %s, and will be tried again in some minutes", text(order.data), stream)
+            log.error("%s stays in %s, and will be tried again within two minutes", text(order.data), stream)
         return LEAVE
     await wait_out(partial(dead_letters.settle, nc, order, dead, died))
     return ACK
+
+
+async def check_streams(nc: Client, dlq_stream: str, original_stream: str) -> None:
+    """Check that the streams are there, and that the one keeps advisories: all else in it would be deleted."""
+    await find_stream(nc, original_stream, "scripts/create_orders_stream.sh", original_stream, "SUBJECTS")
+    subjects = await find_stream(nc, dlq_stream, "scripts/create_orders_unprocessed.sh", dlq_stream, original_stream)
+    advisories = f"{dead_letters.ADVISORY}.{original_stream}.*"
+    if subjects and not any(overlap(advisories, subject) for subject in subjects):
+        raise Failure(
+            f"{dlq_stream} keeps no advisories of {original_stream}: its subjects are {text(', '.join(subjects))}"
+        )
 
 
 async def run(options: argparse.Namespace) -> int:
@@ -82,8 +93,7 @@ async def run(options: argparse.Namespace) -> int:
         ack_policy=AckPolicy.EXPLICIT,
     )
     async with connect(f"dlq_{original_stream}") as nc:
-        await find_stream(nc, original_stream, "scripts/create_orders_stream.sh", original_stream, "SUBJECTS")
-        await find_stream(nc, dlq_stream, "scripts/create_orders_unprocessed.sh", dlq_stream, original_stream)
+        await check_streams(nc, dlq_stream, original_stream)
         with stop_on_signal() as stop:
             reviving = asyncio.create_task(dead_letters.revive(nc, dlq_stream, original_stream, BACKOFF[0]))
             work = partial(handle, nc, options, stop)

@@ -38,7 +38,9 @@ def opened(file: str) -> Iterator[int]:
 
 
 async def lines(descriptor: int, longest: int, stop: asyncio.Event) -> AsyncIterator[bytes]:
-    """Yield the lines of a file without their newline, until its end or the stop; empty ones are logged and skipped.
+    """Yield the lines of a file without their newline; empty ones are logged and skipped.
+
+    A pipe or a terminal that has nothing at the moment is waited for until the stop.
 
     Args:
         descriptor: the file.
@@ -46,13 +48,19 @@ async def lines(descriptor: int, longest: int, stop: asyncio.Event) -> AsyncIter
         stop: the event that ends the reading.
 
     Raises:
-        Failure: the file cannot be read any more.
+        Failure: the file cannot be read any more, or the stop came before its end.
 
     """
     number, rest, is_cut = 1, b"", False
+
+    def check_stop() -> None:
+        if stop.is_set():
+            raise Failure(f"stopped: line {number} and what follows it are not published")
+
     while chunk := await _read(descriptor, stop):
         *whole, rest = (rest + chunk).split(b"\n")
         for line in whole:
+            check_stop()
             if is_cut:
                 is_cut = False
             elif line:
@@ -60,27 +68,26 @@ async def lines(descriptor: int, longest: int, stop: asyncio.Event) -> AsyncIter
             else:
                 log.warning("line %d is empty: skipped", number)
             number += 1
-            if stop.is_set():
-                return
         if is_cut:
             rest = b""
         elif len(rest) > longest:
             yield rest[: longest + 1]
             rest, is_cut = b"", True
-    if rest and not stop.is_set():
+    if rest:
+        check_stop()
         yield rest
 
 
 async def _read(descriptor: int, stop: asyncio.Event) -> bytes:
-    """Return what is there, waiting for it if need be; nothing at the end or the stop."""
+    """Return what is there, waiting for it if need be; nothing at the end, or when there is nothing at the stop."""
     kind = os.fstat(descriptor).st_mode
     if stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind) or os.isatty(descriptor):
         while not (stop.is_set() or select.select([descriptor], [], [], 0)[0]):
             await _ready(descriptor, stop)
+        if stop.is_set():
+            return b""
     else:
         await asyncio.sleep(0)  # a regular file is always there; the others have their turn
-    if stop.is_set():
-        return b""
     try:
         return os.read(descriptor, CHUNK)
     except OSError as error:

@@ -11,13 +11,13 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
 PATH="$PWD/.venv/bin:$PATH"
+if [ $# -gt 0 ]; then
+    exec pytest "$@"
+fi
 ruff check
 ruff format --check
 mypy
 shellcheck --external-sources scripts/*.sh .ci/run
-if [ $# -gt 0 ]; then
-    exec pytest "$@"
-fi
 coverage run -m pytest # the processes that the tests start are looked at too, but for those that they kill
 coverage combine --quiet
 coverage report

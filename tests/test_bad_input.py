@@ -86,6 +86,14 @@ async def test_wrong_usage(command: str, line: str) -> None:
             ("dlq/consumer.py", "orders_unprocessed", "payments"),
             "there is no stream payments: create it with scripts/create_orders_stream.sh payments SUBJECTS",
         ),
+        (
+            ("dlq/consumer.py", "orders_stream", "orders_unprocessed"),
+            "orders_stream keeps no advisories of orders_unprocessed: its subjects are orders.*",
+        ),
+        (
+            ("dlq/consumer.py", "orders_unprocessed", "orders_unprocessed"),
+            "orders_unprocessed keeps no advisories of orders_unprocessed: its subjects are $JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.orders_stream.*",
+        ),
     ],
 )
 async def test_what_is_not_there(server: Server, command: tuple[str, ...], line: str) -> None:

@@ -132,7 +132,7 @@ async def test_a_dead_letter_whose_reprocessing_fails_stays(
     await dead_letters(nc, b"order-0")
     dlq = with_body("dlq/consumer.py", "reprocess", statement, tmp_path)
     async with server.script(dlq, *DLQ[1:], "--time-limit", "0.5") as running:
-        await running.line("order-0 stays in orders_stream, and will be tried again in some minutes")
+        await running.line("order-0 stays in orders_stream, and will be tried again within two minutes")
         assert (
             running.messages[:-1] == ["reprocessing order order-0", f"error reprocessing order order-0: {reason}"] * 2
         )

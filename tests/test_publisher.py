@@ -116,6 +116,20 @@ async def test_a_stop_ends_the_wait_for_more_orders(server: Server, nc: Client, 
     assert await messages(nc, "orders_stream") == 1
 
 
+@pytest.mark.parametrize("interval", ["0", "0.01"])
+async def test_a_stop_before_the_end_of_a_file_says_how_far_it_came(
+    server: Server, nc: Client, tmp_path: Path, interval: str
+) -> None:
+    file = tmp_path / "orders"
+    file.write_text("\n".join(f"order-{i}" for i in range(100_000)))
+    async with server.script(*PUBLISHER, "--interval", interval, "--input", str(file)) as publisher:
+        await publisher.line("published order no. 1")
+        assert await publisher.stop() == 1
+    stored = await messages(nc, "orders_stream")
+    assert len(publisher.found("published .*")) == stored < 100_000
+    assert publisher.messages[-1] == f"stopped: line {stored + 1} and what follows it are not published"
+
+
 async def test_a_file_that_is_faster_than_the_server_waits(server: Server, nc: Client, tmp_path: Path) -> None:
     """While the server takes nothing, little of the file is in memory."""
     file = tmp_path / "orders"

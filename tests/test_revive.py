@@ -75,7 +75,7 @@ async def test_an_advisory_whose_deliveries_are_used_up_is_taken_up_again(
     mended = tmp_path / "mended"
     body = f"if not __import__('os').path.exists({str(mended)!r}):\n        raise ValueError"
     async with server.script(with_body("dlq/consumer.py", "reprocess", body, tmp_path), *DLQ[1:]) as dlq:
-        await dlq.line("order-0 stays in orders_stream, and will be tried again in some minutes")
+        await dlq.line("order-0 stays in orders_stream, and will be tried again within two minutes")
         mended.touch()
         await emptied(nc, *BOTH)
         assert len(dlq.found("reprocessing order order-0")) == 3
