@@ -10,9 +10,11 @@ import logging
 import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.errors import Error
 from nats.js.api import AckPolicy, ConsumerConfig
 
 from jobqueue import dead_letters
@@ -83,6 +85,11 @@ async def check_streams(nc: Client) -> None:
             f"{options.stream} has no subject that {options.subject_filter} matches: "
             f"its subjects are {text(', '.join(subjects))}"
         )
+    with suppress(Error):  # there is no durable yet, say
+        durable = await nc.jetstream().consumer_info(options.stream, DURABLE)
+        before, now = durable.config.filter_subject or ">", options.subject_filter
+        if before != now:
+            log.warning("all consumers of %s get %s from now on, instead of %s", options.stream, now, text(before))
     await dead_letters.warn_if_lost(nc, options.stream, DURABLE)
 
 

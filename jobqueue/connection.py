@@ -21,9 +21,12 @@ from nats.protocol.parser import PERMISSIONS_ERR
 from jobqueue.script import Failure, reason, text
 
 log = logging.getLogger(__name__)
+# asyncio says so whenever a connection that became a TLS one ends, for nats-py is told of it in either way.
+logging.getLogger("asyncio").addFilter(lambda record: "eof_received" not in str(record.msg))
 
 LOCAL = "nats://localhost:4222"
 SYNADIA_CLOUD = "tls://connect.ngs.global"
+LONGEST_FILE = 64 * 1024  # characters of a credentials file
 FIRST_CONNECT = 10.0  # seconds until the first connect has succeeded or failed
 CLOSE = 2.0  # seconds for what is still to be sent when a script ends
 
@@ -51,15 +54,18 @@ class _Credentials(RawCredentials):
     def renew(self) -> None:
         """Read the file anew."""
         try:
-            content = self._file.read_text("ascii")
+            with self._file.open(encoding="ascii") as file:
+                content = file.read(LONGEST_FILE)
         except OSError as error:
             raise Failure(f"cannot read the credentials file {text(str(self._file))}: {error.strerror}") from None
         except UnicodeDecodeError:
             content = ""
         # As in nkeys for Go: the first two blocks between lines of dashes are the JWT and the seed.
-        blocks = re.findall(r"-{3,}[^\n]*-{3,}\s+([\w.=-]+)\s+-{3,}[^\n]*-{3,}", content)
+        _, *blocks = re.split(r"^[ \t]*---.*---[ \t]*$", content, flags=re.MULTILINE)
         try:
-            jwt, seed = blocks[:2]
+            jwt, seed = (block.strip() for block in blocks[0:4:2])
+            if not re.fullmatch(r"[\w.=-]+", jwt):
+                raise ValueError
             nkeys.from_seed(bytearray(seed, "ascii")).wipe()
         except Exception:
             raise Failure(

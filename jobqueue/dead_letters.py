@@ -17,7 +17,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error
 from nats.js import JetStreamContext
-from nats.js.api import ConsumerInfo
+from nats.js.api import ConsumerInfo, RetentionPolicy
 from nats.js.errors import NotFoundError
 
 from jobqueue.script import is_name, reason
@@ -159,6 +159,8 @@ async def revive(nc: Client, advisories: str, stream: str, wait: float) -> None:
 
 async def _revive(nc: Client, advisories: str, stream: str, wait: float) -> None:
     js = nc.jetstream()
+    if (await js.stream_info(stream)).config.retention != RetentionPolicy.WORK_QUEUE:
+        raise Error(f"{stream} is no work queue, and keeps what is done")
     seen = await _idle(js, stream, advisories)
     await asyncio.sleep(wait)
     still = [seen[key] for key in await _idle(js, stream, advisories) if key in seen]

@@ -133,6 +133,8 @@ async def publish_many(nc: Client, subject: str, messages: AsyncIterator[Message
                     sent.put_nowait((message, answer, loop.time() + PUBLISH_TIMEOUT))
                 else:
                     tasks.create_task(again(message))
+                async with room:  # the next one may not be wanted any more when there is room
+                    pass
         except Failure as error:  # what is on its way is finished first
             failure = error
         sent.put_nowait(None)

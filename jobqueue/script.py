@@ -35,6 +35,7 @@ exit status:
   2  wrong usage
 """
 LONGEST_TEXT = 200  # characters of a payload in a log line
+UNKNOWN_AUTHORITY = (18, 19, 20, 21)  # https://docs.openssl.org/3.0/man3/X509_STORE_CTX_get_error/
 
 
 class Failure(Exception):  # noqa: N818  it is what the user reads, not a kind of error
@@ -130,7 +131,9 @@ def reason(error: BaseException) -> str:
     elif failed := re.search(r"\[Errno (\d+)\] Connect", message):
         message = os.strerror(int(failed[1]))  # asyncio's own text names every address that it tried
     elif isinstance(error, ssl.SSLCertVerificationError):
-        message = f"its certificate is not trusted: {error.verify_message} (SSL_CERT_FILE may name its authority)"
+        message = f"its certificate is not trusted: {error.verify_message}"
+        if error.verify_code in UNKNOWN_AUTHORITY:
+            message += " (SSL_CERT_FILE may name its authority)"
     elif isinstance(error, socket.gaierror):
         message = str(error.strerror)
     elif not (isinstance(error, NatsError) and message):
@@ -184,7 +187,7 @@ def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
     """Return a check of an argument: a whole number from `low` to `high`."""
 
     def check(value: str) -> int:
-        if not value.isdecimal() or not low <= int(value) <= high:
+        if not value.isdecimal() or len(value) > 18 or not low <= int(value) <= high:
             raise argparse.ArgumentTypeError(f"'{text(value)}' is no whole number {_range(low, high)}")
         return int(value)
 

@@ -14,6 +14,7 @@ from tests.harness import (
     DLQ,
     PUBLISHER,
     Server,
+    durable_info,
     emptied,
     messages,
     publish,
@@ -50,6 +51,7 @@ URLS = "NATS_URL must be URLs such as nats://localhost:4222, with commas between
         ("consumer/consumer.py|orders_stream|", "argument subject_filter: '' is no subject filter, such as orders.*"),
         ("consumer/consumer.py|orders_stream|orders.>.x", "argument subject_filter: 'orders.>.x' is no subject filter, such as orders.*"),
         ("consumer/consumer.py|orders_stream|orders.*|--concurrency|0", "argument --concurrency: '0' is no whole number from 1 to 500"),
+        ("consumer/consumer.py|orders_stream|orders.*|--concurrency|" + 5000 * "9", f"argument --concurrency: '{200 * '9'}... (5000 in all)' is no whole number from 1 to 500"),
         ("consumer/consumer.py|orders_stream|orders.*|--failure-rate|1.1", "argument --failure-rate: '1.1' is no number from 0 to 1"),
         ("consumer/consumer.py|orders_stream|orders.*|--work-time|inf", "argument --work-time: 'inf' is no number of 0 or more"),
         ("dlq/consumer.py", "the following arguments are required: dlq_stream, original_stream"),
@@ -99,6 +101,16 @@ async def test_wrong_usage(command: str, line: str) -> None:
 async def test_what_is_not_there(server: Server, command: tuple[str, ...], line: str) -> None:
     script = await server.run(*command)
     assert (script.process.returncode, script.messages) == (1, [line])
+
+
+async def test_a_filter_that_takes_the_place_of_another_is_told(server: Server, nc: Client) -> None:
+    async with server.script(*CONSUMER[:2], "orders.new", "--failure-rate", "0") as first:
+        await durable_info(nc, "orders_stream", "processor")
+        async with server.script(*CONSUMER[:2], "orders.urgent", "--failure-rate", "0") as second:
+            await second.line("all consumers of orders_stream get orders.urgent from now on, instead of orders.new")
+            await publish(nc, b"order-0", subject="orders.urgent")
+            await emptied(nc, "orders_stream")
+        assert not first.found("all .*")
 
 
 async def test_a_filter_that_overlaps_another_durables(server: Server, nc: Client) -> None:

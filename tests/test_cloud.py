@@ -1,5 +1,6 @@
 """The queue on a server like Synadia Cloud's, and what goes wrong there."""
 
+import json
 import re
 import shlex
 import time
@@ -86,12 +87,16 @@ async def test_credentials_that_are_no_good(cloud: Cloud, tmp_path: Path) -> Non
     (tmp_path / "no.seed").write_text(good[: good.index("-----BEGIN USER NKEY")])
     (tmp_path / "short.seed").write_text(re.sub(r"^SU\w{10}", "SU", good, flags=re.MULTILINE))
     (tmp_path / "binary").write_bytes(b"\xff\xfe" * 1000)
+    (tmp_path / "dashes").write_text("-" * 10_000)
+    (tmp_path / "endless").symlink_to("/dev/zero")
     for name, line in {
         "missing": f"cannot read the credentials file {tmp_path}/missing: No such file or directory",
         "no.jwt": f"{tmp_path}/no.jwt is not a credentials file: it needs a user JWT and its seed",
         "no.seed": f"{tmp_path}/no.seed is not a credentials file: it needs a user JWT and its seed",
         "short.seed": f"{tmp_path}/short.seed is not a credentials file: it needs a user JWT and its seed",
         "binary": f"{tmp_path}/binary is not a credentials file: it needs a user JWT and its seed",
+        "dashes": f"{tmp_path}/dashes is not a credentials file: it needs a user JWT and its seed",
+        "endless": f"{tmp_path}/endless is not a credentials file: it needs a user JWT and its seed",
     }.items():
         script = await cloud.run(*PUBLISHER, NATS_CREDENTIALS_FILE_PATH=str(tmp_path / name))
         assert (script.process.returncode, script.messages) == (1, [line])
@@ -112,6 +117,16 @@ async def test_a_user_whom_the_server_does_not_let_in(cloud: Cloud, command: tup
     for user in users.values():
         script = await cloud.run(*command, **user)
         assert (script.process.returncode, script.messages) == (1, [f"{failed}: Authorization Violation {WHO}"])
+
+
+async def test_a_certificate_of_another_host(cloud: Cloud) -> None:
+    url = cloud.url.replace("127.0.0.1", "localhost")
+    script = await cloud.run(*PUBLISHER, **cloud.user("app.creds"), NATS_URL=url)
+    assert script.process.returncode == 1
+    assert script.messages == [
+        f"cannot connect to {url}: its certificate is not trusted: Hostname mismatch,"
+        " certificate is not valid for 'localhost'."
+    ]
 
 
 async def test_a_certificate_that_nobody_trusts(cloud: Cloud) -> None:
@@ -303,13 +318,18 @@ async def test_the_permissions_in_the_readme_are_what_is_needed(cloud: Cloud, tm
             await until(is_published)
             seen.remove(advisory)
             assert (await cloud.run(STREAM_SCRIPTS[1], **admin)).process.returncode == 0
+            other = {"stream": "orders_stream", "consumer": "other", "stream_seq": 2, "deliveries": 2}
+            await nc.jetstream().publish(f"{ADVISORIES}.other", json.dumps(other).encode())
             async with cloud.script(dlq_script, *DLQ[1:], **dlq_processor) as dlq:
                 await dlq.line("reprocessing order order-1")
                 await emptied(nc, "orders_stream", "orders_unprocessed")
                 await until(are_all_used)
                 assert await dlq.stop() == 0
             assert await running.stop() == 0
-    assert len(dlq.lines) == 4, dlq.lines
+    assert dlq.found("nothing to reprocess: .*") == [
+        "nothing to reprocess: stream sequence # 2 in orders_stream will be delivered again: the durable other is gone"
+    ]
+    assert len(dlq.lines) == 5, dlq.lines
 
 
 async def test_the_permissions_in_the_readme_allow_nothing_else(cloud: Cloud) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sqlite3
 import sys
 from contextlib import closing
@@ -56,6 +57,35 @@ async def test_asynchronous_work_and_json(server: Server, nc: Client, tmp_path: 
     (logged,) = re.findall(r"`(error processing .*?)`", README.replace("\n", " "))
     assert running.found(".*bob.*")[0] == logged
     assert running.found(r"error processing \{\"to\": \"ann: JSONDecodeError: .*")
+
+
+@pytest.mark.parametrize("stop_first", [True, False])
+async def test_asynchronous_work_that_is_a_process_is_finished_at_a_stop_and_killed_at_the_time_limit(
+    server: Server, nc: Client, tmp_path: Path, stop_first: bool
+) -> None:
+    sendmail = tmp_path / "sendmail"
+    sendmail.write_text(f"#!/bin/sh\necho $$ >>{tmp_path}/begun\ncat >{tmp_path}/read\nsleep 2\necho >{tmp_path}/sent")
+    sendmail.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    consumer = edited(CONSUMER[0], example("create_subprocess_exec"), tmp_path)
+    await publish(nc, b'{"to": "ann", "text": "Welcome"}')
+    own_group = "import os, sys; os.setpgid(0, 0); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    limit = ("--time-limit", "600" if stop_first else "1")
+    async with started(
+        sys.executable, "-c", own_group, consumer, *CONSUMER[1:], *limit, PATH=path, NATS_URL=server.url
+    ) as running:
+
+        async def has_begun() -> bool:
+            return (tmp_path / "read").exists()
+
+        await until(has_begun)
+        if stop_first:
+            os.killpg(running.process.pid, signal.SIGINT)  # as a terminal does
+            assert await running.status() == 0
+        else:
+            await running.line(".*TimeoutError.*")
+            await asyncio.sleep(2)
+    assert (tmp_path / "sent").exists() == stop_first
 
 
 async def test_blocking_work_in_a_thread_is_kept_alive_and_done_once(

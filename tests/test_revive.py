@@ -54,6 +54,20 @@ async def test_orders_that_died_before_their_durable_had_no_limit_are_found(serv
         assert dlq.found("reprocessing order (.*)") == ["order-0"]
 
 
+async def test_orders_that_are_done_in_a_stream_that_is_no_work_queue_are_not(bare_server: Server, nc: Client) -> None:
+    await request(nc, "STREAM.CREATE.orders_stream", {"name": "orders_stream", "subjects": ["orders.*"]})
+    await bare_server.run("scripts/create_orders_unprocessed.sh")
+    await publish(nc, b"order-0")
+    async with bare_server.script(*CONSUMER, "--failure-rate", "0") as consumer, bare_server.script(*DLQ) as dlq:
+        await consumer.line("received order-0 .*")
+        await dlq.line(
+            "cannot look for dead letters without an advisory: "
+            "orders_stream is no work queue, and keeps what is done; trying again"
+        )
+        await asyncio.sleep(12)  # longer than two looks
+        assert len(dlq.lines) == 1
+
+
 async def test_an_order_that_died_while_the_dlq_was_full_is_found(server: Server, nc: Client) -> None:
     await dead_letters(nc, b"order-0")
     config = (await request(nc, "STREAM.INFO.orders_unprocessed"))["config"]
