@@ -187,6 +187,7 @@ def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
     """Return a check of an argument: a whole number from `low` to `high`."""
 
     def check(value: str) -> int:
+        # int() refuses more than some thousand digits.
         if not value.isdecimal() or len(value) > 18 or not low <= int(value) <= high:
             raise argparse.ArgumentTypeError(f"'{text(value)}' is no whole number {_range(low, high)}")
         return int(value)
