@@ -371,6 +371,11 @@ async def clustered(directory: Path) -> AsyncIterator[tuple[Cluster, Client]]:
     """Run three nats-servers with both streams on three replicas, whose leaders take orders."""
     cluster = Cluster(directory)
 
+    async def has_peers() -> bool:
+        """A healthy server may not know of the other two yet, and then finds no place for a stream's replicas."""
+        created = await cluster.run("scripts/create_orders_stream.sh", REPLICAS="3")
+        return created.process.returncode == 0
+
     async def takes_orders() -> bool:
         with suppress(BadRequestError):  # a leader refuses this one; without one there is no answer
             await nc.jetstream().publish("orders.new", stream="another")
@@ -379,6 +384,7 @@ async def clustered(directory: Path) -> AsyncIterator[tuple[Cluster, Client]]:
 
     try:
         await cluster.start()
+        await until(has_peers)
         await cluster.create_streams(REPLICAS="3")
         async with cluster.client() as nc:
             await until(takes_orders)

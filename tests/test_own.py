@@ -45,7 +45,7 @@ def example(text: str) -> str:
 
 async def test_asynchronous_work_and_json(server: Server, nc: Client, tmp_path: Path) -> None:
     sendmail = tmp_path / "sendmail"
-    sendmail.write_text(f'#!/bin/sh\n[ "$1" = ann ] || exit 75\ncat >{tmp_path}/sent\n')
+    sendmail.write_text(f'#!/bin/sh\ntext=$(cat)\n[ "$1" = ann ] || exit 75\nprintf "%s" "$text" >{tmp_path}/sent\n')
     sendmail.chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     consumer = edited(CONSUMER[0], example("create_subprocess_exec"), tmp_path)
