@@ -19,8 +19,8 @@ from nats.js.api import AckPolicy, ConsumerConfig
 
 from jobqueue import dead_letters
 from jobqueue.connection import connect
-from jobqueue.script import Failure, arguments, name, number, reason, start, stop_on_signal, subject_filter, text, whole
-from jobqueue.worker import ACK, LEAVE, Worker, attempt, find_stream, overlap
+from jobqueue.script import arguments, name, number, reason, start, stop_on_signal, subject_filter, text, whole
+from jobqueue.worker import ACK, LEAVE, Worker, attempt, check_stream
 
 log = logging.getLogger("consumer")
 
@@ -77,20 +77,13 @@ async def handle(order: Msg) -> bytes:
 
 async def check_streams(nc: Client) -> None:
     """Check that the stream is there and has what we ask for, and warn when its dead letters would be lost."""
-    subjects = await find_stream(
-        nc, options.stream, "scripts/create_orders_stream.sh", options.stream, options.subject_filter
-    )
-    if subjects and not any(overlap(options.subject_filter, subject) for subject in subjects):
-        raise Failure(
-            f"{options.stream} has no subject that {options.subject_filter} matches: "
-            f"its subjects are {text(', '.join(subjects))}"
-        )
+    stream, wanted = options.stream, options.subject_filter
+    await check_stream(nc, stream, wanted, "scripts/create_orders_stream.sh", stream, wanted)
     with suppress(Error):  # there is no durable yet, say
-        durable = await nc.jetstream().consumer_info(options.stream, DURABLE)
-        before, now = durable.config.filter_subject or ">", options.subject_filter
-        if before != now:
-            log.warning("all consumers of %s get %s from now on, instead of %s", options.stream, now, text(before))
-    await dead_letters.warn_if_lost(nc, options.stream, DURABLE)
+        before = (await nc.jetstream().consumer_info(stream, DURABLE)).config.filter_subject or ">"
+        if before != wanted:
+            log.warning("all consumers of %s get %s from now on, instead of %s", stream, wanted, text(before))
+    await dead_letters.warn_if_lost(nc, stream, DURABLE)
 
 
 async def run() -> int:

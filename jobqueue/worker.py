@@ -76,23 +76,26 @@ Identity = tuple[int, datetime]
 T = TypeVar("T")
 
 
-async def find_stream(nc: Client, stream: str, *command: str) -> list[str]:
-    """Return the subjects of a stream.
+async def check_stream(nc: Client, stream: str, subject: str, *command: str) -> None:
+    """Check that a stream is there, and that it may have messages of a subject.
 
     Args:
         nc: the connection.
         stream: the stream's name.
+        subject: one that may have wildcards.
         command: what creates such a stream, for the line that says that it isn't there.
 
     Raises:
-        Failure: there is no such stream.
+        Failure: there is no such stream, or it has other subjects.
 
     """
     try:
         info = await retry(lambda: nc.jetstream().stream_info(stream), stream, _at_start())
     except NotFoundError:
         raise Failure(f"there is no stream {stream}: create it with {shlex.join(command)}") from None
-    return info.config.subjects or []
+    subjects = info.config.subjects or [">"]  # without any it has those of other streams
+    if not any(overlap(subject, its) for its in subjects):
+        raise Failure(f"{stream} has no subject that {subject} matches: its subjects are {text(', '.join(subjects))}")
 
 
 def overlap(one: str, other: str) -> bool:

@@ -90,11 +90,11 @@ async def test_wrong_usage(command: str, line: str) -> None:
         ),
         (
             ("dlq/consumer.py", "orders_stream", "orders_unprocessed"),
-            "orders_stream keeps no advisories of orders_unprocessed: its subjects are orders.*",
+            "orders_stream has no subject that $JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.orders_unprocessed.* matches: its subjects are orders.*",
         ),
         (
             ("dlq/consumer.py", "orders_unprocessed", "orders_unprocessed"),
-            "orders_unprocessed keeps no advisories of orders_unprocessed: its subjects are $JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.orders_stream.*",
+            "orders_unprocessed has no subject that $JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.orders_unprocessed.* matches: its subjects are $JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.orders_stream.*",
         ),
     ],
 )

@@ -193,7 +193,7 @@ async def test_a_connection_may_have_any_name(server: Server, tmp_path: Path, na
 
 
 async def test_a_failure_is_told_though_a_thread_is_still_at_work(server: Server, tmp_path: Path) -> None:
-    code = "import threading\n"
+    code = "import threading\n\nfrom jobqueue.script import Failure\n"
     code += "async def check_streams(nc: Client) -> None:\n"
     code += "    asyncio.get_running_loop().run_in_executor(None, threading.Event().wait)\n    raise Failure('told')"
     async with server.script(edited(CONSUMER[0], code, tmp_path), *CONSUMER[1:]) as running:
