@@ -481,10 +481,16 @@ class Worker:
             self._changed = asyncio.get_running_loop().time()
 
     async def _recover(self, answers: Answers, pause: float) -> None:
-        """Back off until the stream and its durable were there for so long that every process has repeated its acks."""
+        """Back off until the stream and its durable were there for so long that every process has repeated its acks.
+
+        Or until a late answer comes: a message's ack is to be there by then, too.
+        """
+        loop = asyncio.get_running_loop()
         held_back = False
-        while not self._stop.is_set():
-            await self._pause(pause)
+        while answers.empty() and not self._stop.is_set():
+            pause_ends = loop.time() + pause
+            while loop.time() < pause_ends and answers.empty() and not self._stop.is_set():
+                await asyncio.sleep(TICK)
             try:
                 await self._mend()
                 if held_back and not self._holds_back():
@@ -514,10 +520,6 @@ class Worker:
                     self._changed = asyncio.get_running_loop().time()
             if self._fault:
                 raise self._fault
-
-    async def _pause(self, seconds: float) -> None:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._stop.wait(), seconds)
 
     def _note_leader(self, info: ConsumerInfo) -> None:
         leader = info.cluster.leader if info.cluster else None
