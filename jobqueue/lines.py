@@ -79,7 +79,7 @@ async def lines(descriptor: int, longest: int, stop: asyncio.Event) -> AsyncIter
 
 
 async def _read(descriptor: int, stop: asyncio.Event) -> bytes:
-    """Return what is there, waiting for it if need be; nothing at the end, or when there is nothing at the stop."""
+    """Return what is there, waiting for it if need be; nothing at the end, or of a pipe at the stop."""
     kind = os.fstat(descriptor).st_mode
     if stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind) or os.isatty(descriptor):
         while not (stop.is_set() or select.select([descriptor], [], [], 0)[0]):

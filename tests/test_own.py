@@ -43,11 +43,16 @@ def example(text: str) -> str:
     return str(found)
 
 
-async def test_asynchronous_work_and_json(server: Server, nc: Client, tmp_path: Path) -> None:
-    sendmail = tmp_path / "sendmail"
-    sendmail.write_text(f'#!/bin/sh\ntext=$(cat)\n[ "$1" = ann ] || exit 75\nprintf "%s" "$text" >{tmp_path}/sent\n')
+def with_sendmail(commands: str, directory: Path) -> str:
+    """Make a `sendmail` of shell commands, and return the PATH on which it is."""
+    sendmail = directory / "sendmail"
+    sendmail.write_text(f"#!/bin/sh\n{commands}\n")
     sendmail.chmod(0o755)
-    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    return f"{directory}{os.pathsep}{os.environ['PATH']}"
+
+
+async def test_asynchronous_work_and_json(server: Server, nc: Client, tmp_path: Path) -> None:
+    path = with_sendmail(f'text=$(cat)\n[ "$1" = ann ] || exit 75\nprintf "%s" "$text" >{tmp_path}/sent', tmp_path)
     consumer = edited(CONSUMER[0], example("create_subprocess_exec"), tmp_path)
     orders = ['{"to": "ann", "text": "Welcome"}', '{"to": "bob", "text": "Hello"}', '{"to": "ann']
     await publish(nc, *(order.encode() for order in orders))
@@ -63,10 +68,7 @@ async def test_asynchronous_work_and_json(server: Server, nc: Client, tmp_path: 
 async def test_asynchronous_work_that_is_a_process_is_finished_at_a_stop_and_killed_at_the_time_limit(
     server: Server, nc: Client, tmp_path: Path, stop_first: bool
 ) -> None:
-    sendmail = tmp_path / "sendmail"
-    sendmail.write_text(f"#!/bin/sh\necho $$ >>{tmp_path}/begun\ncat >{tmp_path}/read\nsleep 2\necho >{tmp_path}/sent")
-    sendmail.chmod(0o755)
-    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    path = with_sendmail(f"cat >{tmp_path}/read\nsleep 2\necho >{tmp_path}/sent", tmp_path)
     consumer = edited(CONSUMER[0], example("create_subprocess_exec"), tmp_path)
     await publish(nc, b'{"to": "ann", "text": "Welcome"}')
     own_group = "import os, sys; os.setpgid(0, 0); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
