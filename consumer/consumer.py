@@ -11,21 +11,27 @@ import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error
 from nats.js.api import AckPolicy, ConsumerConfig
 
-from jobqueue import dead_letters
+from jobqueue.arguments import make_parser, number, stream_name, subject_filter, whole_number
 from jobqueue.connection import connect
-from jobqueue.script import arguments, name, number, reason, start, stop_on_signal, subject_filter, text, whole
-from jobqueue.worker import ACK, LEAVE, Worker, attempt, check_stream
+from jobqueue.dead_letters import warn_if_lost
+from jobqueue.errors import describe_error, printable
+from jobqueue.in_flight import ACK, LEAVE
+from jobqueue.script import shutdown_on_signal, start
+from jobqueue.streams import require_stream
+from jobqueue.time_limit import TimeLimit
+from jobqueue.worker import Worker
 
 log = logging.getLogger("consumer")
 
 DURABLE = "processor"
-BACKOFF = [5.0]  # seconds until an order that was not acknowledged comes again
+BACKOFF = [5.0]  # seconds until an order that was not acked is redelivered
 MAX_DELIVER = 2  # after so many deliveries without an ack the order is a dead letter
 
 options = argparse.Namespace()
@@ -37,10 +43,12 @@ class SimulatedError(Exception):
 
 def parse_args() -> None:
     """Read the command line's arguments into `options`."""
-    parser = arguments(__doc__)
-    parser.add_argument("stream", type=name, help="the stream's name, such as orders_stream")
+    parser = make_parser(__doc__)
+    parser.add_argument("stream", type=stream_name, help="the stream's name, such as orders_stream")
     parser.add_argument("subject_filter", type=subject_filter, help='which orders, such as "orders.*"')
-    parser.add_argument("--concurrency", type=whole(1, 500), default=1, help="orders at a time (default: %(default)s)")
+    parser.add_argument(
+        "--concurrency", type=whole_number(1, 500), default=1, help="orders at a time (default: %(default)s)"
+    )
     parser.add_argument(
         "--failure-rate", type=number(0, 1), default=0.5, help="share that fails (default: %(default)s)"
     )
@@ -53,41 +61,41 @@ async def process(order: Msg) -> None:
     """Process one order: the place for your own work. Return when it is done, raise when it failed.
 
     Args:
-        order: `data` is the payload, `subject` and `headers` came with it. It may come a second time,
-            after a failure or a crash.
+        order: `data` is the payload, `subject` and `headers` came with it. It may be redelivered, after a failure or
+            a crash.
 
     """
     if random.random() < options.failure_rate:
         raise SimulatedError
-    log.info("received %s from stream sequence # %d", text(order.data), order.metadata.sequence.stream)
+    log.info("received %s from stream sequence # %d", printable(order.data), order.metadata.sequence.stream)
     await asyncio.sleep(options.work_time)
 
 
-async def handle(order: Msg) -> bytes:
-    """Process one order and return how to acknowledge it: a failed one not at all, so that it comes again."""
-    error = await attempt(process(order), options.time_limit)
+async def handle(time_limit: TimeLimit, order: Msg) -> bytes:
+    """Process one order and return how to ack it: a failed one not at all, so that it is redelivered."""
+    error = await time_limit.run(process(order))
     if error is None:
         return ACK
-    why = "" if isinstance(error, SimulatedError) else f": {reason(error)}"
-    log.info("error processing %s%s", text(order.data), why)
+    why = "" if isinstance(error, SimulatedError) else f": {describe_error(error)}"
+    log.info("error processing %s%s", printable(order.data), why)
     if order.metadata.num_delivered >= MAX_DELIVER:
-        log.info("%s will be processed via DLQ", text(order.data))
+        log.info("%s will be processed via DLQ", printable(order.data))
     return LEAVE
 
 
 async def check_streams(nc: Client) -> None:
-    """Check that the stream is there and has what we ask for, and warn when its dead letters would be lost."""
+    """Check that the stream exists and has what we ask for, and warn when its dead letters would be lost."""
     stream, wanted = options.stream, options.subject_filter
-    await check_stream(nc, stream, wanted, "scripts/create_orders_stream.sh", stream, wanted)
+    await require_stream(nc, stream, wanted, "scripts/create_orders_stream.sh", stream, wanted)
     with suppress(Error):  # there is no durable yet, say
         before = (await nc.jetstream().consumer_info(stream, DURABLE)).config.filter_subject or ">"
         if before != wanted:
-            log.warning("all consumers of %s get %s from now on, instead of %s", stream, wanted, text(before))
-    await dead_letters.warn_if_lost(nc, stream, DURABLE)
+            log.warning("all consumers of %s get %s from now on, instead of %s", stream, wanted, printable(before))
+    await warn_if_lost(nc, stream, DURABLE)
 
 
 async def run() -> int:
-    """Process orders until told to stop."""
+    """Process orders until the shutdown."""
     config = ConsumerConfig(
         name=DURABLE,
         durable_name=DURABLE,
@@ -99,10 +107,13 @@ async def run() -> int:
     )
     # As many threads as orders for work in asyncio.to_thread(), and a few for what hangs and for name look-ups.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(options.concurrency + 4))
+    time_limit = TimeLimit(options.time_limit)
     async with connect(f"consumer_{options.stream}") as nc:
         await check_streams(nc)
-        with stop_on_signal() as stop:
-            tally = await Worker(nc, options.stream, config, handle, options.concurrency, stop).run()
+        worker = Worker(nc, options.stream, config, partial(handle, time_limit), options.concurrency, time_limit)
+        shutdown = asyncio.Event()
+        with shutdown_on_signal(shutdown, lambda: f"{worker.in_flight} orders in flight"):
+            tally = await worker.run(shutdown)
     log.info("stopped: %d orders processed, %d deliveries failed", tally[ACK], tally[LEAVE])
     return 0
 
@@ -110,7 +121,7 @@ async def run() -> int:
 def main() -> None:
     """Run the consumer."""
     parse_args()
-    sys.exit(start(run()))
+    sys.exit(start(run(), log))
 
 
 if __name__ == "__main__":

@@ -11,87 +11,94 @@ import logging
 import shlex
 import sys
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import nullcontext, suppress
 
 from nats.aio.client import Client
 from nats.js.errors import NotFoundError
 
+from jobqueue.arguments import make_parser, number, subject, whole_number
 from jobqueue.connection import connect
-from jobqueue.lines import lines, opened
-from jobqueue.publish import Message, publish, publish_many
-from jobqueue.script import Failure, arguments, number, start, stop_on_signal, subject, whole
-from jobqueue.worker import PASSING
+from jobqueue.errors import Failure
+from jobqueue.lines import opened, read_lines
+from jobqueue.publish import Message, Outcome, publish, publish_many
+from jobqueue.retrying import TRANSIENT_ERRORS
+from jobqueue.script import shutdown_on_signal, start
 
 log = logging.getLogger("publisher")
 
+options = argparse.Namespace()
 
-def parse_args() -> argparse.Namespace:
-    """Return the command line's arguments."""
-    parser = arguments(__doc__)
+
+def parse_args() -> None:
+    """Read the command line's arguments into `options`."""
+    parser = make_parser(__doc__)
     parser.add_argument("subject", type=subject, help="where to, such as orders.new")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--count", type=whole(1), default=20, help="how many orders (default: %(default)s)")
+    which.add_argument("--count", type=whole_number(1), default=20, help="how many orders (default: %(default)s)")
     which.add_argument("--input", metavar="FILE", help="publish each line of a file instead; - is standard input")
     parser.add_argument(
         "--interval", type=number(0), default=1.0, help="seconds between them; 0: many at a time (default: %(default)s)"
     )
-    return parser.parse_args()
+    parser.parse_args(namespace=options)
 
 
-async def numbered(count: int, stop: asyncio.Event) -> AsyncIterator[bytes]:
-    """Yield the article's orders, until the stop."""
-    for i in range(count):
-        if stop.is_set():
+async def numbered_orders(shutdown: asyncio.Event) -> AsyncIterator[bytes]:
+    """Yield the article's orders, until the shutdown."""
+    for i in range(options.count):
+        if shutdown.is_set():
             break
         yield b"order-%d" % i
 
 
-async def check_subject(nc: Client, subject: str) -> None:
-    """Check that a stream takes the subject, which a publish alone cannot tell from a stream without a leader."""
-    with suppress(*PASSING):
-        try:
-            await nc.jetstream().find_stream_name_by_subject(subject)
-        except NotFoundError:
-            raise Failure(
-                f"no stream takes the subject {subject}: create one with "
-                f"{shlex.join(['scripts/create_orders_stream.sh', 'STREAM', subject])}"
-            ) from None
-
-
-async def run(options: argparse.Namespace) -> int:
-    """Publish the orders and return the exit status: 1 if any of them is missing."""
+async def make_messages(payloads: AsyncIterator[bytes]) -> AsyncIterator[Message]:
+    """Give each order an id, which no other run gives."""
     run_id = uuid.uuid4().hex
-    asked = published = 0
+    count = 0
+    async for payload in payloads:
+        yield Message(payload, f"{run_id}-{count}", f"order no. {count}")
+        count += 1
 
-    async def messages(payloads: AsyncIterator[bytes]) -> AsyncIterator[Message]:
-        nonlocal asked
-        async for payload in payloads:
-            asked += 1
-            yield Message(payload, f"{run_id}-{asked - 1}", f"order no. {asked - 1}")
 
+async def check_streams(nc: Client) -> None:
+    """Check that a stream takes the subject, which a publish alone cannot tell from a stream without a leader."""
+    with suppress(*TRANSIENT_ERRORS):
+        try:
+            await nc.jetstream().find_stream_name_by_subject(options.subject)
+        except NotFoundError:
+            create = shlex.join(["scripts/create_orders_stream.sh", "STREAM", options.subject])
+            raise Failure(f"no stream takes the subject {options.subject}: create one with {create}") from None
+
+
+async def run() -> int:
+    """Publish the orders and return the exit status: 1 if any of them is not stored."""
+    outcomes: Counter[Outcome] = Counter()
     with opened(options.input) if options.input is not None else nullcontext(-1) as file:
         async with connect(f"publisher_{options.subject}") as nc:
-            await check_subject(nc, options.subject)
-            with stop_on_signal() as stop:
-                payloads = numbered(options.count, stop) if file < 0 else lines(file, nc.max_payload, stop)
+            await check_streams(nc)
+            shutdown = asyncio.Event()
+            with shutdown_on_signal(shutdown, lambda: "the orders in flight"):
+                payloads = numbered_orders(shutdown) if file < 0 else read_lines(file, nc.max_payload, shutdown)
+                messages = make_messages(payloads)
                 if options.interval == 0:
-                    published = await publish_many(nc, options.subject, messages(payloads))
+                    outcomes = await publish_many(nc, options.subject, messages)
                 else:
-                    async for message in messages(payloads):
-                        published += await publish(nc, options.subject, message)
+                    async for message in messages:
+                        outcomes[await publish(nc, options.subject, message)] += 1
                         with suppress(TimeoutError):
-                            await asyncio.wait_for(stop.wait(), options.interval)
-    wanted = options.count if options.input is None else asked
-    if published < wanted:
-        log.error("%d of %d orders are not published", wanted - published, wanted)
-        return 1
-    return 0
+                            await asyncio.wait_for(shutdown.wait(), options.interval)
+    wanted = options.count if options.input is None else outcomes.total()
+    missing = wanted - outcomes[Outcome.STORED] - outcomes[Outcome.DUPLICATE]
+    if missing:
+        log.error("%d of %d orders are not published", missing, wanted)
+    return 1 if missing else 0
 
 
 def main() -> None:
     """Run the publisher."""
-    sys.exit(start(run(parse_args())))
+    parse_args()
+    sys.exit(start(run(), log))
 
 
 if __name__ == "__main__":

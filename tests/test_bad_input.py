@@ -183,7 +183,7 @@ async def test_servers_that_do_not_answer() -> None:
     for connection in connections:
         connection.transport.abort()
     silent.close()
-    assert script.messages == [f"cannot connect to {', '.join(urls)}: no answer in time"]
+    assert script.messages == [f"cannot connect to {', '.join(urls)}: timed out"]
 
 
 async def test_a_server_without_jetstream(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from nats.aio.msg import Msg
 from nats.js.api import AckPolicy, ConsumerConfig
 
-from jobqueue.worker import overlap
+from jobqueue.streams import subjects_overlap
 from tests.cloud import Cloud
 from tests.harness import (
     ADVISORIES,
@@ -296,7 +296,7 @@ async def test_the_permissions_in_the_readme_are_what_is_needed(cloud: Cloud, tm
         return advisory in seen
 
     async def are_all_used() -> bool:
-        return all(any(overlap(one, other) for other in seen) for one in allowed)
+        return all(any(subjects_overlap(one, other) for other in seen) for one in allowed)
 
     advisory = f"{ADVISORIES}.processor"
     allowed = {subject for role in ROLES.values() for cell in role for subject in cell}

@@ -179,7 +179,7 @@ async def test_network_cut_for_long(server: Server, nc: Client, chance: random.R
 
 
 @pytest.mark.parametrize(
-    "middle", [b"HPUB orders.new", b'"seq":', b"order-7", b"+NXT", b"+ACK", b"STREAM.MSG.GET", b'"message":{']
+    "middle", [b"HPUB orders.new", b'"seq":', b"order-7", b"MSG.NEXT", b"+ACK", b"STREAM.MSG.GET", b'"message":{']
 )
 async def test_network_cut_in_the_middle(server: Server, nc: Client, middle: bytes) -> None:
     """The connection goes just when a request, or an answer, is on its way."""

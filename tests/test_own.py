@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from nats.aio.client import Client
 
-from jobqueue.connection import CLOSE
-from jobqueue.worker import CONFIRM_AT_STOP, EXPIRES
+from jobqueue.connection import CLOSE_TIMEOUT
+from jobqueue.pulling import PULL_EXPIRES
+from jobqueue.worker import SHUTDOWN_CONFIRM_TIME
 from tests.harness import (
     CONSUMER,
     DLQ,
@@ -195,7 +196,7 @@ async def test_a_connection_may_have_any_name(server: Server, tmp_path: Path, na
 
 
 async def test_a_failure_is_told_though_a_thread_is_still_at_work(server: Server, tmp_path: Path) -> None:
-    code = "import threading\n\nfrom jobqueue.script import Failure\n"
+    code = "import threading\n\nfrom jobqueue.errors import Failure\n"
     code += "async def check_streams(nc: Client) -> None:\n"
     code += "    asyncio.get_running_loop().run_in_executor(None, threading.Event().wait)\n    raise Failure('told')"
     async with server.script(edited(CONSUMER[0], code, tmp_path), *CONSUMER[1:]) as running:
@@ -220,7 +221,7 @@ async def test_the_services_run_and_have_the_time_to_stop(server: Server, nc: Cl
     script, *arguments = shlex.split(start)
     longest = float(arguments[arguments.index("--time-limit") + 1])
     for seconds in re.findall(r"(?:TimeoutStopSec=|terminationGracePeriodSeconds: )(\d+)", README):
-        assert float(seconds) >= longest + max(CONFIRM_AT_STOP, EXPIRES) + CLOSE
+        assert float(seconds) >= longest + max(SHUTDOWN_CONFIRM_TIME, PULL_EXPIRES) + CLOSE_TIMEOUT
     await publish(nc, b"order-0")
     consumer = with_body(script, "process", "log.info('at work')\n    await asyncio.sleep(4)", tmp_path)
     async with server.script(consumer, *arguments) as running:

@@ -1,0 +1,78 @@
+"""nats-py's client, with its faults worked around; each method names the one that it is for (seen in nats-py 2.16)."""
+
+import asyncio
+from contextlib import suppress
+from typing import Any
+
+from nats.aio.client import Client as NatsClient
+from nats.aio.msg import Msg
+from nats.aio.transport import TcpTransport
+from nats.errors import Error, SecureConnWantedError
+from nats.protocol.parser import PERMISSIONS_ERR
+
+from jobqueue.environment import Credentials
+from jobqueue.errors import Failure
+
+
+class Client(NatsClient):
+    """A connection to NATS; `connect` makes one."""
+
+    forbidden = ""  # the first subject that the server has not permitted, in its words
+
+    def _connect_command(self) -> bytes:
+        """Insist on TLS for a `tls://` URL, as nats.go does; nats-py would send the password in clear.
+
+        And read the credentials file anew, since a user's JWT expires.
+        """
+        assert self._current_server
+        if self._current_server.uri.scheme == "tls" and not self._server_info.get("tls_required"):
+            raise SecureConnWantedError
+        if isinstance(self._user_credentials, Credentials):
+            with suppress(Failure):  # it may be about to be replaced
+                self._user_credentials.read()
+        command: bytes = super()._connect_command()
+        return command
+
+    async def request(self, *args: Any, **kwargs: Any) -> Msg:
+        """Be cancelled where the server has refused a subject.
+
+        `asyncio.wait_for` of Python 3.11 forgets that when the answer comes at the same time
+        (https://github.com/python/cpython/issues/86296).
+        """
+        answer: Msg = await super().request(*args, **kwargs)
+        if self.forbidden:
+            raise asyncio.CancelledError
+        return answer
+
+    def _build_message(
+        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: dict[str, str] | None
+    ) -> Msg:
+        """Take any subject that the server takes; nats-py stops reading for good at one that isn't UTF-8."""
+        return Msg(self, subject.decode(errors="backslashreplace"), reply.decode(), data, headers, _sid=sid)
+
+    async def _process_headers(self, headers: bytes) -> dict[str, str] | None:
+        """Take any headers that the server takes; nats-py stops reading for good at too short ones."""
+        if not headers:
+            return None
+        try:
+            parsed: dict[str, str] | None = await super()._process_headers(headers)
+        except Exception:
+            return None
+        return parsed
+
+    async def _process_err(self, err_msg: str) -> None:
+        """Reconnect when the server ends the connection; nats-py closes it for good, when a user expires say."""
+        if PERMISSIONS_ERR in err_msg:
+            await super()._process_err(err_msg)
+            return
+        error = Error(f"nats: {err_msg}")
+        await self._error_cb(error)
+        await self._process_op_err(error)
+
+    async def _attempt_reconnect(self) -> None:
+        """Drop what is unsent on a dead connection; nats-py waits until TCP gives up on it, or sends it much later."""
+        self._pending = []
+        self._pending_data_size = 0
+        if isinstance(self._transport, TcpTransport) and self._transport._io_writer:
+            self._transport._io_writer.transport.abort()
+        await super()._attempt_reconnect()

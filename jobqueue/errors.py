@@ -1,0 +1,53 @@
+"""Errors as people read them: one printable line each."""
+
+import os
+import re
+import socket
+import ssl
+
+from nats.errors import Error as NatsError
+from nats.js.errors import APIError, ServiceUnavailableError
+
+MAX_PRINTED = 200  # characters of a payload in a log line
+UNKNOWN_AUTHORITY = (18, 19, 20, 21)  # https://docs.openssl.org/3.0/man3/X509_STORE_CTX_get_error/
+
+
+class Failure(Exception):  # noqa: N818  users read its text, not its name
+    """Ends a script with exit status 1. Its text is the one line that the user reads."""
+
+
+def printable(data: bytes | str) -> str:
+    """Return text from outside as one harmless piece of a log line: escaped, and cut when it is long."""
+    shown = data[: 4 * MAX_PRINTED]  # no character takes more than four bytes
+    if isinstance(shown, bytes):
+        shown = shown.decode("utf-8", "backslashreplace")
+    if not shown.isprintable():
+        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+    if len(shown) > MAX_PRINTED or len(data) > 4 * MAX_PRINTED:
+        shown = f"{shown[:MAX_PRINTED]}... ({len(data)} in all)"
+    return shown
+
+
+def describe_error(error: BaseException) -> str:
+    """Return in one printable line what an error says."""
+    try:
+        message = str(error).removeprefix("nats: ")
+    except BaseException:  # a user's own exception may raise anything here
+        message = ""
+    if isinstance(error, APIError) and error.description:
+        message = f"{error.description} ({error.err_code})"
+    elif isinstance(error, ServiceUnavailableError):
+        message = "no responders"
+    elif isinstance(error, TimeoutError) and message in ("", "timeout"):
+        message = "timed out"
+    elif failed := re.search(r"\[Errno (\d+)\] Connect", message):
+        message = os.strerror(int(failed[1]))  # asyncio's own text names every address that it tried
+    elif isinstance(error, ssl.SSLCertVerificationError):
+        message = f"its certificate is not trusted: {error.verify_message}"
+        if error.verify_code in UNKNOWN_AUTHORITY:
+            message += " (SSL_CERT_FILE may name its authority)"
+    elif isinstance(error, socket.gaierror):
+        message = str(error.strerror)
+    elif not (isinstance(error, NatsError) and message):
+        message = f"{type(error).__name__}: {message}".removesuffix(": ")
+    return printable(message)
