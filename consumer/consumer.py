@@ -63,7 +63,6 @@ async def process(order: Msg) -> None:
     Args:
         order: `data` is the payload, `subject` and `headers` came with it. It may be redelivered, after a failure or
             a crash.
-
     """
     if random.random() < options.failure_rate:
         raise SimulatedError

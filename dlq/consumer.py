@@ -50,7 +50,6 @@ async def reprocess(order: Msg) -> None:
     Args:
         order: `data` is the payload, `subject` and `headers` came with it. It may be redelivered, after a failure or
             a crash.
-
     """
 
 

@@ -2,8 +2,9 @@
 
 import argparse
 import math
+import re
 from collections.abc import Callable
-from typing import TypeGuard
+from typing import NoReturn, TypeGuard
 
 from jobqueue.errors import printable
 
@@ -18,6 +19,7 @@ exit status:
   1  any other error; a line says which
   2  wrong usage
 """
+FILTER = re.compile(r"((\*|[^*>.]+)\.)*(\*|>|[^*>.]+)")
 
 
 def make_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -32,28 +34,23 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
 
 def subject(value: str) -> str:
     """Check a subject to publish to."""
-    if not _is_subject(value) or "*" in value or ">" in value:
-        raise argparse.ArgumentTypeError(f"'{printable(value)}' is no subject to publish to, such as orders.new")
-    return value
+    return (
+        value
+        if _is_subject(value) and not set(value) & set("*>")
+        else _refuse(value, "subject to publish to, such as orders.new")
+    )
 
 
 def subject_filter(value: str) -> str:
     """Check a subject that may have wildcards."""
-    *first, last = value.split(".")
-    if not _is_subject(value) or any(
-        set(token) & set("*>") and token not in wildcards
-        for tokens, wildcards in ((first, ("*",)), ([last], ("*", ">")))
-        for token in tokens
-    ):
-        raise argparse.ArgumentTypeError(f"'{printable(value)}' is no subject filter, such as orders.*")
-    return value
+    return (
+        value if _is_subject(value) and FILTER.fullmatch(value) else _refuse(value, "subject filter, such as orders.*")
+    )
 
 
 def stream_name(value: str) -> str:
     """Check a stream's name."""
-    if not is_name(value):
-        raise argparse.ArgumentTypeError(f"'{printable(value)}' is no name of a stream")
-    return value
+    return value if is_name(value) else _refuse(value, "name of a stream")
 
 
 def is_name(value: object) -> TypeGuard[str]:
@@ -66,9 +63,9 @@ def whole_number(low: int, high: float = math.inf) -> Callable[[str], int]:
 
     def check(value: str) -> int:
         # int() refuses more than some thousand digits.
-        if not value.isdecimal() or len(value) > 18 or not low <= int(value) <= high:
-            raise argparse.ArgumentTypeError(f"'{printable(value)}' is no whole number {_range(low, high)}")
-        return int(value)
+        if value.isdecimal() and len(value) <= 18 and low <= int(value) <= high:
+            return int(value)
+        _refuse(value, f"whole number {_range(low, high)}")
 
     return check
 
@@ -81,9 +78,9 @@ def number(low: float, high: float = math.inf) -> Callable[[str], float]:
             checked = float(value)
         except ValueError:
             checked = math.nan
-        if not (low <= checked <= high and math.isfinite(checked)):
-            raise argparse.ArgumentTypeError(f"'{printable(value)}' is no number {_range(low, high)}")
-        return checked
+        if low <= checked <= high and math.isfinite(checked):
+            return checked
+        _refuse(value, f"number {_range(low, high)}")
 
     return check
 
@@ -94,3 +91,7 @@ def _is_subject(value: str) -> bool:
 
 def _range(low: float, high: float) -> str:
     return f"of {low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
+
+
+def _refuse(value: str, what: str) -> NoReturn:
+    raise argparse.ArgumentTypeError(f"'{printable(value)}' is no {what}")

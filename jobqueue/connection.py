@@ -93,7 +93,6 @@ async def connect(name: str) -> AsyncIterator[Client]:
         Failure: the first connect failed, which takes ten seconds at the most, or there is no JetStream. A connection
             that is lost later is waited for, however long that takes. When the server refuses a subject, the block is
             cancelled and this raised: what isn't permitted would time out again and again.
-
     """
     servers, options = read_environment()
     task = asyncio.current_task()

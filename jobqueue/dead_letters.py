@@ -60,7 +60,6 @@ def parse_advisory(advisory: bytes, stream: str) -> DeadLetter:
 
     Raises:
         ValueError: it is no such advisory.
-
     """
     try:
         event = json.loads(advisory)
@@ -87,7 +86,6 @@ async def find_message(nc: Client, dead_letter: DeadLetter, died_at: datetime) -
 
     Raises:
         nats.errors.Error: the server didn't answer.
-
     """
     js = nc.jetstream()
     await probe_ack(nc, dead_letter.ack_subject)
@@ -117,7 +115,6 @@ async def remove_message(nc: Client, message: Msg, dead_letter: DeadLetter, died
 
     Raises:
         nats.errors.Error: the server didn't answer, and the message may still be there.
-
     """
     if await find_message(nc, dead_letter, died_at):  # another message may have its sequence now
         await nc.request(message.reply, ACK, timeout=REMOVE_TIMEOUT)

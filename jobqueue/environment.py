@@ -21,7 +21,6 @@ class Credentials(RawCredentials):
 
     Raises:
         Failure: it is no such file.
-
     """
 
     def __init__(self, file: Path) -> None:
@@ -58,7 +57,6 @@ def read_environment() -> tuple[list[str], dict[str, Any]]:
 
     Raises:
         Failure: a variable is wrong, and none of its secrets is in the line.
-
     """
     credentials = os.environ.get("NATS_CREDENTIALS_FILE_PATH")
     urls = os.environ.get("NATS_URL") or (SYNADIA_CLOUD if credentials else LOCAL)

@@ -1,13 +1,18 @@
-"""Errors as people read them: one printable line each."""
+"""Errors: which of them are transient, and how people read them, in one printable line each."""
 
 import os
 import re
 import socket
 import ssl
 
-from nats.errors import Error as NatsError
-from nats.js.errors import APIError, ServiceUnavailableError
+from nats.errors import ConnectionReconnectingError, Error, NoRespondersError, OutboundBufferLimitError
+from nats.js.errors import APIError, NoStreamResponseError, ServerError, ServiceUnavailableError
 
+# The server, the leader or the connection is away, and will be back.
+TRANSIENT_ERRORS = (
+    *(TimeoutError, NoRespondersError, NoStreamResponseError, ConnectionReconnectingError),
+    *(OutboundBufferLimitError, ServiceUnavailableError, ServerError),
+)
 MAX_PRINTED = 200  # characters of a payload in a log line
 UNKNOWN_AUTHORITY = (18, 19, 20, 21)  # https://docs.openssl.org/3.0/man3/X509_STORE_CTX_get_error/
 
@@ -48,6 +53,6 @@ def describe_error(error: BaseException) -> str:
             message += " (SSL_CERT_FILE may name its authority)"
     elif isinstance(error, socket.gaierror):
         message = str(error.strerror)
-    elif not (isinstance(error, NatsError) and message):
+    elif not (isinstance(error, Error) and message):
         message = f"{type(error).__name__}: {message}".removesuffix(": ")
     return printable(message)

@@ -35,7 +35,7 @@ class InFlight:
         self.ack_subject = message.reply  # of the last delivery
         self.epoch = epoch  # in which it was delivered or verified
         self.delivered_at = now
-        self.redelivery: Msg | None = None  # processed if the present attempt fails
+        self.redelivery: Msg | None = None  # to be processed if the present attempt fails
         self.ack = LEAVE
         self.finished_at = 0.0
         self.sent_at = 0.0  # when the ack was sent, 0.0 if it has to be
@@ -45,19 +45,16 @@ class Registry:
     """What this process has in flight, by stream sequence; sends the acks and heartbeats.
 
     Nothing is sent on the ack subject of a message that may be another one by now: the server would ack that one.
-    A reconnect, and any other doubt, begins a new epoch; a message of an earlier one must be verified first.
+    A reconnect, or any other doubt, begins a new epoch, and a message of an earlier one must be verified first.
 
-    Args:
-        nc: the connection.
-        stream: the stream's name.
-        on_unsent_ack: called when an ack has to wait for `resend_acks`.
-        on_confirmed: called with the seconds that the server took to confirm an ack.
-
+    `on_unsent_ack` is called when an ack has to wait for `resend_acks`, `on_confirmed` with the seconds that the
+    server took to confirm one.
     """
 
     def __init__(
         self, nc: Client, stream: str, on_unsent_ack: Callable[[], None], on_confirmed: Callable[[float], None]
     ) -> None:
+        self.looked_at = 0.0  # when the stream was last seen to be the same one
         self._nc = nc
         self._stream = stream
         self._on_unsent_ack = on_unsent_ack
@@ -66,18 +63,15 @@ class Registry:
         self._inbox = nc.new_inbox()
         self._doubts = 0
         self._now = asyncio.get_running_loop().time
-        self.looked_at = 0.0  # when the stream was last seen to be the same one
 
     async def start(self) -> None:
         """Subscribe to the confirmations of acks."""
         await self._nc.subscribe(f"{self._inbox}.*", cb=self._confirm)
 
     def __len__(self) -> int:
-        """Return how many messages are in flight."""
         return len(self._messages)
 
     def __contains__(self, one: InFlight) -> bool:
-        """Return whether a message has neither been finished nor dropped."""
         return self._messages.get(one.sequence) is one
 
     @property
@@ -95,7 +89,7 @@ class Registry:
 
     async def add(self, message: Msg) -> InFlight | None:
         """Register a delivery, and return it unless its message is in flight already."""
-        _, sequence, stored_at = parse_ack_subject(message.reply)
+        sequence, stored_at = parse_ack_subject(message.reply)
         now, known = self._now(), self._messages.get(sequence)
         if known and known.stored_at == stored_at:
             known.ack_subject, known.epoch, known.delivered_at = message.reply, self.epoch, now
@@ -110,7 +104,7 @@ class Registry:
         return one
 
     async def finish(self, one: InFlight, ack: bytes) -> Msg | None:
-        """Ack a message that wasn't dropped, or leave it and return the redelivery that is to be processed now."""
+        """Ack a message; or leave it, and return the redelivery of it that is to be processed now."""
         if one not in self:
             return None
         if ack == LEAVE:
@@ -124,17 +118,14 @@ class Registry:
             self._on_unsent_ack()
         return None
 
-    def forget(self, one: InFlight) -> None:
-        """Send nothing more for a message, since the server has its ack."""
+    def drop(self, one: InFlight, why: str = "") -> None:
+        """Send nothing more for a message; without a reason the server has its ack."""
         del self._messages[one.sequence]
-
-    def drop(self, one: InFlight, why: str) -> None:
-        """Send nothing more for a message, and log why."""
-        del self._messages[one.sequence]
-        log.warning("stream sequence # %d in %s %s: not acked", one.sequence, self._stream, why)
+        if why:
+            log.warning("stream sequence # %d in %s %s: not acked", one.sequence, self._stream, why)
 
     def has_late_acks(self) -> bool:
-        """Return whether the server should have confirmed an ack by now."""
+        """Return whether an ack is unsent, or unconfirmed for too long."""
         late = self._now() - CONFIRM_TIMEOUT
         return any(one.ack and one.sent_at < late for one in self._messages.values())
 
@@ -169,6 +160,6 @@ class Registry:
         if answer.headers:  # 503: nobody listens, since the durable is gone or has no leader
             self._on_unsent_ack()
             return
-        del self._messages[one.sequence]
+        self.drop(one)
         if one.sent_at == one.finished_at:  # which one of several acks was confirmed nobody can tell
             self._on_confirmed(self._now() - one.sent_at)

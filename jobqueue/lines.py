@@ -21,7 +21,6 @@ def opened(file: str) -> Iterator[int]:
 
     Raises:
         Failure: it cannot be read.
-
     """
     if file == "-":
         yield 0
@@ -49,7 +48,6 @@ async def read_lines(descriptor: int, max_length: int, shutdown: asyncio.Event) 
 
     Raises:
         Failure: the file cannot be read any more, or the shutdown came before its end.
-
     """
     number, rest, is_cut = 1, b"", False
 

@@ -33,7 +33,6 @@ async def keep_publishing(nc: Client, dlq_stream: str, stream: str, settling_tim
         dlq_stream: the stream of the advisories.
         stream: the stream of the messages.
         settling_time: seconds for which that must have been so; on replicas acks and advisories arrive late.
-
     """
     complaint = ""
     while True:

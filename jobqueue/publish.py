@@ -64,7 +64,6 @@ async def publish(nc: Client, subject: str, message: Message) -> Outcome:
         nc: the connection.
         subject: where to.
         message: what.
-
     """
     return await _publish(nc, subject, message, is_sent=False)
 
@@ -110,7 +109,6 @@ async def publish_many(nc: Client, subject: str, messages: AsyncIterator[Message
 
     Raises:
         Failure: `messages` has raised it; all before it have had their outcome.
-
     """
     failure = None
     async with asyncio.TaskGroup() as tasks:
@@ -141,6 +139,7 @@ class _Pipeline:
         self._tasks = tasks
         self._sent: dict[int, tuple[Message, float]] = {}  # by number, with when it is late; the earliest first
         self._count = 0
+        self._now = asyncio.get_running_loop().time
         self._room = WINDOW
         self._has_room = asyncio.Event()
 
@@ -154,7 +153,7 @@ class _Pipeline:
         self._room -= _units(message)
         self._count += 1
         if self._nc.is_connected and message.fits(self._nc):  # nats-py would keep it, and send it later
-            self._sent[self._count] = message, asyncio.get_running_loop().time() + ACK_TIMEOUT
+            self._sent[self._count] = message, self._now() + ACK_TIMEOUT
             reply = f"{self.inbox}.{self._count}"
             with suppress(Error):  # late, then
                 await self._nc.publish(self._subject, message.payload, reply, {"Nats-Msg-Id": message.id})
@@ -169,7 +168,7 @@ class _Pipeline:
             return
         message, _ = self._sent.pop(number)
         try:
-            ack = json.loads(answer.data)
+            ack = json.loads(answer.data.decode())
         except ValueError:  # 503: no stream takes the subject, or its leader is away
             ack = {"error": None}
         if "error" in ack:
@@ -184,7 +183,7 @@ class _Pipeline:
         while True:
             await asyncio.sleep(LATE_CHECK_INTERVAL)
             for number, (message, late_at) in list(self._sent.items()):
-                if late_at > asyncio.get_running_loop().time():
+                if late_at > self._now():
                     break
                 del self._sent[number]
                 self._tasks.create_task(self._publish(message, is_sent=True))

@@ -10,17 +10,19 @@ from nats.aio.msg import Msg
 
 from jobqueue.errors import printable
 
-PULL_EXPIRES = 2.0  # seconds; a graceful shutdown waits for it, since what a dropped delivery loses is an attempt
+PULL_EXPIRES = 2.0  # seconds; a graceful shutdown waits for it, since a dropped delivery costs the message an attempt
 MAX_PULL_LATENESS = 2.0  # seconds after that until the answer counts as lost
 MAX_QUEUE_TIME = 0.4  # seconds of work that may wait in this process
-NO_MESSAGES = ("404", "408")  # none now; none before the request expired
+
+OnDelivery = Callable[[Msg], Awaitable[None]]
+OnEnd = Callable[[str], Awaitable[None]]
 
 
 class Prefetch:
     """How many messages to have beyond those that are being processed, so that processing never waits for the server.
 
-    By Little's law that is throughput x round trip; twice that, since what is missing is asked for when half of it is
-    gone.
+    By Little's law that is throughput times round trip. It is twice that, since half of it is gone before more is
+    asked for.
     """
 
     def __init__(self) -> None:
@@ -35,48 +37,35 @@ class Prefetch:
         self._completed += 1
 
     def note_round_trip(self, seconds: float) -> None:
-        """Take in how long the server has just taken to answer."""
+        """Take in how long the server has just taken to confirm an ack."""
         self._round_trip += (seconds - self._round_trip) / 8 if self._round_trip else seconds
 
     def update(self, now: float) -> None:
-        """Work out the size from what was counted since the last update."""
+        """Work out the size anew from what was counted since the last time."""
         self._throughput += (self._completed / (now - self._updated_at) - self._throughput) / 2
         self._completed, self._updated_at = 0, now
         self.size = max(1, int(self._throughput * min(2 * self._round_trip, MAX_QUEUE_TIME)))
 
 
 class PullRequests:
-    """The pull requests that the server has, and how many messages may still come for them.
+    """The pull requests that the server has, and how many messages may still come for them (`requested`).
 
-    A delivery has its own subject, so it counts for the oldest request, as the server serves them in that order. A
-    status ends the request that the last token of its subject names. So each miscount ends with its request.
+    A delivery doesn't say which request it is for, so it counts for the oldest one, as the server serves them in that
+    order. A status does, by the last token of its subject, and ends that request; so each miscount ends with it.
 
-    Args:
-        nc: the connection.
-        stream: the stream's name.
-        durable: the durable's name.
-        on_delivery: called with each message.
-        on_failure: called with a description when the server refuses a request.
-
+    `on_delivery` is called with each message, `on_end` when the server ends a request: with a description of the
+    failure, or "" when it has expired.
     """
 
-    def __init__(
-        self,
-        nc: Client,
-        stream: str,
-        durable: str,
-        on_delivery: Callable[[Msg], Awaitable[None]],
-        on_failure: Callable[[str], None],
-    ) -> None:
+    def __init__(self, nc: Client, stream: str, durable: str, on_delivery: OnDelivery, on_end: OnEnd) -> None:
         self.requested = 0
         self._nc = nc
         self._subject = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{durable}"
         self._on_delivery = on_delivery
-        self._on_failure = on_failure
+        self._on_end = on_end
         self._inbox = nc.new_inbox()
         self._tokens = map(str, itertools.count())
-        self._open: dict[str, int] = {}  # how many messages are missing, the oldest request first
-        self._answer_by: dict[str, float] = {}
+        self._open: dict[str, tuple[int, float]] = {}  # messages to come, and until when; the oldest request first
 
     async def start(self) -> None:
         """Subscribe to deliveries and statuses."""
@@ -85,20 +74,19 @@ class PullRequests:
     async def send(self, batch: int) -> None:
         """Ask for messages."""
         token = next(self._tokens)
-        self._open[token] = batch
-        self._answer_by[token] = asyncio.get_running_loop().time() + PULL_EXPIRES + MAX_PULL_LATENESS
+        answer_by = asyncio.get_running_loop().time() + PULL_EXPIRES + MAX_PULL_LATENESS
+        self._open[token] = batch, answer_by
         self.requested += batch
         request = {"batch": batch, "expires": int(PULL_EXPIRES * 1e9)}
         await self._nc.publish(self._subject, json.dumps(request).encode(), f"{self._inbox}.{token}")
 
     def is_overdue(self, now: float) -> bool:
-        """Return whether a request has neither been served nor expired: its answer is lost."""
-        return any(now > answer_by for answer_by in self._answer_by.values())
+        """Return whether the oldest request has neither been served nor expired: its answer is lost."""
+        return any(now > answer_by for _, answer_by in itertools.islice(self._open.values(), 1))
 
     def abandon(self) -> None:
         """Expect nothing more of all requests. What comes nevertheless is welcome."""
         self._open.clear()
-        self._answer_by.clear()
         self.requested = 0
 
     async def _receive(self, message: Msg) -> None:
@@ -106,24 +94,26 @@ class PullRequests:
             self._count_delivery()
             await self._on_delivery(message)
             return
-        token = message.subject.rpartition(".")[2]
-        if token in self._open:
-            self._end(token)
-            headers = message.headers or {}
-            status, description = headers.get("Status", ""), headers.get("Description", "")
-            if status == "503":  # nats-py takes a header that nats-server 2.15 adds for its description
-                self._on_failure("503 no responders")
-            elif status not in NO_MESSAGES:
-                self._on_failure(printable(f"{status} {description.strip().partition(chr(10))[0]}".strip()))
+        missing, _ = self._open.pop(message.subject.rpartition(".")[2], (0, 0))
+        if missing:
+            self.requested -= missing
+            await self._on_end(_describe_failure(message.headers or {}))
 
     def _count_delivery(self) -> None:
-        for token, missing in self._open.items():
+        for token, (missing, answer_by) in self._open.items():
             self.requested -= 1
-            self._open[token] = missing - 1
-            if missing == 1:
-                self._end(token)
+            if missing > 1:
+                self._open[token] = missing - 1, answer_by
+            else:
+                del self._open[token]
             break
 
-    def _end(self, token: str) -> None:
-        self.requested -= self._open.pop(token)
-        del self._answer_by[token]
+
+def _describe_failure(headers: dict[str, str]) -> str:
+    """Return what a status says, or "" for those that end a request as planned."""
+    status, description = headers.get("Status", ""), headers.get("Description", "")
+    if status in ("404", "408"):  # no messages now; none before the request expired
+        return ""
+    if status == "503":  # nats-py takes a header that nats-server 2.15 adds for its description
+        return "503 no responders"
+    return printable(f"{status} {description}".strip().split("\r\n")[0])

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -12,8 +11,9 @@ from nats.js.api import ConsumerConfig
 
 from jobqueue.errors import describe_error
 from jobqueue.in_flight import InFlight, Registry
+from jobqueue.pulling import PullRequests
 from jobqueue.retrying import MIN_RETRY_DELAY
-from jobqueue.streams import api_request, ensure_durable, stored_at
+from jobqueue.streams import api_request, ensure_durable, find_stored_at
 
 log = logging.getLogger(__name__)
 
@@ -25,30 +25,16 @@ VERIFIED_AT_A_TIME = 32
 
 
 class Recovery:
-    """Ensures after any doubt that the durable exists, verifies what is in flight, and has open acks sent.
-
-    Args:
-        nc: the connection.
-        stream: the stream's name.
-        config: the durable's configuration.
-        registry: what is in flight.
-        abandon_pulls: called when no answer to earlier pull requests can be expected any more.
-
-    """
+    """Ensures after any doubt that the durable exists, verifies what is in flight, and has open acks sent."""
 
     def __init__(
-        self,
-        nc: Client,
-        stream: str,
-        config: ConsumerConfig,
-        registry: Registry,
-        abandon_pulls: Callable[[], None],
+        self, nc: Client, stream: str, config: ConsumerConfig, registry: Registry, pulls: PullRequests
     ) -> None:
         self._nc = nc
         self._stream = stream
         self._config = config
         self._registry = registry
-        self._abandon_pulls = abandon_pulls
+        self._pulls = pulls
         self._now = asyncio.get_running_loop().time
         self._needed = asyncio.Event()
         self._is_stable = True
@@ -78,7 +64,7 @@ class Recovery:
         self._is_stable = False
         self._grace_ends = self._now() + FAILOVER_GRACE
         self._registry.begin_epoch()
-        self._abandon_pulls()
+        self._pulls.abandon()
         self._needed.set()
 
     def look(self) -> None:
@@ -148,7 +134,7 @@ class Recovery:
     async def _verify(self, one: InFlight, is_grace_over: bool) -> None:
         """Read a message in flight back, and drop it if its sequence has another message now, or none."""
         epoch = self._registry.epoch
-        found = await stored_at(self._nc, self._stream, one.sequence, direct=self._allows_direct)
+        found = await find_stored_at(self._nc, self._stream, one.sequence, direct=self._allows_direct)
         if one not in self._registry:
             return
         if found == one.stored_at:
@@ -156,7 +142,4 @@ class Recovery:
         elif found:
             self._registry.drop(one, "is another message now")
         elif is_grace_over:  # before that, a replica may not have it yet
-            if one.ack:
-                self._registry.forget(one)  # the server has its ack
-            else:
-                self._registry.drop(one, "is gone")
+            self._registry.drop(one, "" if one.ack else "is gone")

@@ -1,14 +1,13 @@
-"""Which errors are transient, and a call that is made again after them."""
+"""A call that is made again after transient errors."""
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from nats.errors import ConnectionReconnectingError, NoRespondersError, OutboundBufferLimitError
-from nats.js.errors import NoStreamResponseError, NotFoundError, ServerError, ServiceUnavailableError
+from nats.js.errors import NotFoundError
 
-from jobqueue.errors import describe_error
+from jobqueue.errors import TRANSIENT_ERRORS, describe_error
 
 log = logging.getLogger(__name__)
 
@@ -16,28 +15,16 @@ START_TIMEOUT = 30.0  # seconds to wait out transient errors before a script can
 MIN_RETRY_DELAY = 0.1  # seconds; doubled after each attempt
 MAX_RETRY_DELAY = 0.5  # seconds
 
-# The server, the leader or the connection is away, and will be back.
-TRANSIENT_ERRORS = (
-    TimeoutError,
-    NoRespondersError,
-    NoStreamResponseError,
-    ConnectionReconnectingError,
-    OutboundBufferLimitError,
-    ServiceUnavailableError,
-    ServerError,
-)
-
 T = TypeVar("T")
 
 
 async def retry(call: Callable[[], Awaitable[T]], what: str, give_up: Callable[[Exception], bool]) -> T:
-    """Return what `call()` returns. Call it again after each transient error, and after a "not found".
+    """Return what `call()` returns; call it again after each transient error, and after a "not found".
 
     Args:
         call: makes the request.
         what: what it is for; the log line at the first error begins with it.
         give_up: says of an error whether to raise it instead.
-
     """
     delay = MIN_RETRY_DELAY
     while True:
@@ -52,9 +39,10 @@ async def retry(call: Callable[[], Awaitable[T]], what: str, give_up: Callable[[
         delay = min(2 * delay, MAX_RETRY_DELAY)
 
 
-def after_start_timeout(*, or_not_found: bool) -> Callable[[Exception], bool]:
-    """Return a `give_up` for a script's start: once START_TIMEOUT is over, and perhaps at any "not found"."""
-    deadline = asyncio.get_running_loop().time() + START_TIMEOUT
-    return lambda error: (
-        (or_not_found and isinstance(error, NotFoundError)) or asyncio.get_running_loop().time() > deadline
+async def retry_at_start(call: Callable[[], Awaitable[T]], what: str, give_up: Callable[[], bool] = lambda: False) -> T:
+    """Return what `call()` returns, as `retry` does, but give up after START_TIMEOUT, or where something is missing."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + START_TIMEOUT
+    return await retry(
+        call, what, lambda error: isinstance(error, NotFoundError) or loop.time() > deadline or give_up()
     )

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from typing import Any, ClassVar
 
 from jobqueue.errors import Failure, describe_error
 
@@ -24,7 +25,6 @@ def start(run: Coroutine[None, None, int], log: logging.Logger) -> int:
     Args:
         run: the script's coroutine, which returns the exit status.
         log: the script's logger. Its lines and those of jobqueue go to standard error in the article's format.
-
     """
     _open_standard_files()
     _set_up_logging(log)
@@ -53,7 +53,6 @@ def shutdown_on_signal(shutdown: asyncio.Event, describe_work: Callable[[], str]
     Args:
         shutdown: the event.
         describe_work: returns what is still to be finished, for the log line of the first signal.
-
     """
     loop = asyncio.get_running_loop()
     signals = (signal.SIGINT, signal.SIGTERM)
@@ -76,7 +75,7 @@ def shutdown_on_signal(shutdown: asyncio.Event, describe_work: Callable[[], str]
         restore_defaults()
 
 
-class _ArticleFormatter(logging.Formatter):
+class _Formatter(logging.Formatter):
     """Formats lines like `2026/11/23 20:24:25 received order-1`, and each second only once."""
 
     _second = 0
@@ -87,15 +86,45 @@ class _ArticleFormatter(logging.Formatter):
             self._second, self._formatted = second, time.strftime("%Y/%m/%d %H:%M:%S", time.localtime(second))
         return self._formatted
 
+    def format(self, record: logging.LogRecord) -> str:
+        if record.exc_info or record.stack_info:
+            return super().format(record)
+        return f"{self.formatTime(record)} {record.getMessage()}"
+
+
+class _Record(logging.LogRecord):
+    """A log record without the line of code, thread and process: looking these up is half of its cost."""
+
+    _UNKNOWN: ClassVar = {**vars(logging.LogRecord("", 0, "", 0, "", None, None)), "process": None, "thread": None}
+
+    def __init__(
+        self,
+        name: str,
+        level: int,
+        fn: str,
+        lno: int,
+        msg: object,
+        args: Any,
+        exc_info: Any,
+        func: str | None = None,
+        extra: dict[str, Any] | None = None,
+        sinfo: str | None = None,
+    ) -> None:
+        self.__dict__ = self._UNKNOWN | (extra or {})
+        self.name, self.levelno, self.levelname = name, level, logging.getLevelName(level)
+        self.msg, self.args, self.exc_info, self.stack_info = msg, args, exc_info, sinfo
+        self.created = time.time()
+
 
 def _set_up_logging(log: logging.Logger) -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(_ArticleFormatter("%(asctime)s %(message)s"))
+    handler.setFormatter(_Formatter("%(asctime)s %(message)s"))
     logging.getLogger().addHandler(handler)
-    for own in (log, logging.getLogger("jobqueue")):
+    names = [name for name in log.manager.loggerDict if name.partition(".")[0] == "jobqueue"]
+    for own in (log, *map(logging.getLogger, names)):
         own.setLevel(logging.INFO)
-    # Finding the line of code that logs is a fifth of a log line's cost, and the format doesn't show it.
-    log.findCaller = lambda *_: ("", 0, "", None)  # type: ignore[method-assign]
+        own.findCaller = lambda *_: ("", 0, "", None)  # type: ignore[method-assign]
+        own.makeRecord = _Record  # type: ignore[method-assign, assignment]
     # nats-py and asyncio log tracebacks; what matters of them comes through callbacks.
     logging.getLogger("nats").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)

@@ -9,27 +9,23 @@ IGNORED_AFTER = 1.0  # seconds
 
 
 class TimeLimit:
-    """Runs a user's work in the current task, and cancels what takes too long.
+    """Runs a user's work in the current task, and cancels what takes longer than some seconds.
 
-    One object serves all tasks, and who owns them calls `enforce` now and then: a timer and a task for each message
-    would be a fifth of the worker's CPU.
-
-    Args:
-        seconds: after which work is cancelled, and has failed.
-
+    Who owns the tasks calls `enforce` now and then: a timer and a task for each message would cost a fifth of the CPU.
     """
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
+        self._loop = asyncio.get_running_loop()
         self._deadlines: dict[asyncio.Task[Any], float] = {}  # of what runs, the earliest first
-        self._expired: dict[asyncio.Task[Any], float] = {}  # when work was cancelled that still runs
+        self._cancelled_at: dict[asyncio.Task[Any], float] = {}  # of what still runs after its deadline
         self._is_closed = False
 
     async def run(self, work: Coroutine[Any, Any, None]) -> BaseException | None:
         """Await the work and return what it raised, even a SystemExit or a CancelledError of its own, or None."""
-        task = asyncio.current_task()
+        task = asyncio.current_task(self._loop)
         assert task
-        self._deadlines[task] = asyncio.get_running_loop().time() + self._seconds
+        self._deadlines[task] = self._loop.time() + self._seconds
         error: BaseException | None = None
         try:
             await work
@@ -37,36 +33,28 @@ class TimeLimit:
             if self._is_closed:
                 raise
             error = raised
-        finally:
-            self._deadlines.pop(task, None)
-            is_expired = self._expired.pop(task, None) is not None
-        if task.cancelling():
-            await _forget_cancellation(task)
-        if error and is_expired:
-            return TimeoutError(f"not done within the time limit of {self._seconds:g} s")
+        self._deadlines.pop(task, None)
+        if self._cancelled_at.pop(task, None) and error:
+            error = TimeoutError(f"not done within the time limit of {self._seconds:g} s")
+        if task.cancelling():  # that was meant for the work, and may still be due
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0)
+            while task.cancelling():
+                task.uncancel()
         return error
 
-    def enforce(self, now: float) -> list[asyncio.Task[Any]]:
+    def enforce(self) -> list[asyncio.Task[Any]]:
         """Cancel what has taken too long, and return the tasks whose work has ignored that for a second."""
-        for task, deadline in list(self._deadlines.items()):
-            if deadline > now:
-                break
+        now = self._loop.time()
+        for task in [task for task, deadline in self._deadlines.items() if now > deadline]:
             del self._deadlines[task]
-            self._expired[task] = now
+            self._cancelled_at[task] = now
             task.cancel()
-        ignoring = [task for task, cancelled_at in self._expired.items() if now > cancelled_at + IGNORED_AFTER]
+        ignoring = [task for task, cancelled_at in self._cancelled_at.items() if now > cancelled_at + IGNORED_AFTER]
         for task in ignoring:
-            del self._expired[task]
+            del self._cancelled_at[task]
         return ignoring
 
     def close(self) -> None:
-        """Let what still runs be cancelled from now on without counting as failed work."""
+        """Let what is cancelled from now on end its task, and not count as failed work."""
         self._is_closed = True
-
-
-async def _forget_cancellation(task: asyncio.Task[Any]) -> None:
-    """Take back cancellations that were meant for work that has ended, one that is still due included."""
-    with suppress(asyncio.CancelledError):
-        await asyncio.sleep(0)
-    while task.cancelling():
-        task.uncancel()

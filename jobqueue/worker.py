@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 from nats.aio.msg import Msg
@@ -15,8 +16,8 @@ from jobqueue.errors import Failure, describe_error
 from jobqueue.in_flight import LEAVE, InFlight, Registry
 from jobqueue.pulling import Prefetch, PullRequests
 from jobqueue.recovery import Recovery
-from jobqueue.retrying import after_start_timeout, retry
-from jobqueue.streams import ack_subject, api_request, ensure_durable, parse_ack_subject, probe_ack
+from jobqueue.retrying import retry_at_start
+from jobqueue.streams import ack_subject, api_request, ensure_durable, probe_ack
 from jobqueue.time_limit import TimeLimit
 
 log = logging.getLogger(__name__)
@@ -38,17 +39,10 @@ class Worker:
         handle: processes one message and returns ACK, TERM or LEAVE; an exception is logged and means LEAVE.
         concurrency: how many messages are processed at a time.
         time_limit: what `handle` runs the user's work with.
-
     """
 
     def __init__(
-        self,
-        nc: Client,
-        stream: str,
-        config: ConsumerConfig,
-        handle: Handle,
-        concurrency: int,
-        time_limit: TimeLimit,
+        self, nc: Client, stream: str, config: ConsumerConfig, handle: Handle, concurrency: int, time_limit: TimeLimit
     ) -> None:
         self._nc = nc
         self._stream = stream
@@ -65,8 +59,8 @@ class Worker:
         self._tally: Counter[bytes] = Counter()
         self._prefetch = Prefetch()
         self._registry = Registry(nc, stream, lambda: self._recovery.look(), self._prefetch.note_round_trip)
-        self._pulls = PullRequests(nc, stream, self._durable, self._receive, lambda why: self._recovery.start(why))
-        self._recovery = Recovery(nc, stream, config, self._registry, self._pulls.abandon)
+        self._pulls = PullRequests(nc, stream, self._durable, self._receive, self._end_pull)
+        self._recovery = Recovery(nc, stream, config, self._registry, self._pulls)
 
     @property
     def in_flight(self) -> int:
@@ -81,7 +75,6 @@ class Worker:
 
         Raises:
             Failure: the durable cannot be created.
-
         """
         self._shutdown = shutdown
         ack_wait = await self._set_up()
@@ -108,14 +101,13 @@ class Worker:
     async def _set_up(self) -> float:
         """Create or update the durable, and return its ack wait in seconds."""
         durable = f"the durable {self._durable} on {self._stream}"
-        give_up = after_start_timeout(or_not_found=True)
 
         async def set_up() -> dict[str, Any]:
             await probe_ack(self._nc, ack_subject(self._stream, self._durable, 1, 0))
             return await ensure_durable(self._nc, self._stream, self._config, update=True)
 
         try:
-            info = await retry(set_up, durable, lambda error: self._shutdown.is_set() or give_up(error))
+            info = await retry_at_start(set_up, durable, self._shutdown.is_set)
         except (Error, TimeoutError) as error:
             raise Failure(f"cannot create {durable}: {describe_error(error)}") from None
         config = info["config"]
@@ -148,21 +140,24 @@ class Worker:
 
     async def _receive(self, message: Msg) -> None:
         one = await self._registry.add(message)
-        if one and await self._may_ack(message):
-            self._queue.put_nowait(one)
-        await self._pull()
-
-    async def _may_ack(self, message: Msg) -> bool:
-        """Return whether a message may be acked. Which form the ack subjects have only a delivery tells."""
-        form, *_ = parse_ack_subject(message.reply)
+        form = message.reply.count(".")
         if form not in self._probed_forms:
-            await probe_ack(self._nc, message.reply)
-            try:
-                await api_request(self._nc, f"CONSUMER.INFO.{self._stream}.{self._durable}")
-            except (Error, TimeoutError):
-                return True  # not known; the next delivery tells
+            await self._probe(message, form)
+        if one:
+            self._queue.put_nowait(one)
+
+    async def _probe(self, message: Msg, form: int) -> None:
+        """Make sure that a message may be acked. Only a delivery tells which form the ack subjects have."""
+        await probe_ack(self._nc, message.reply)
+        with suppress(Error, TimeoutError):  # the next delivery tells, then
+            await api_request(self._nc, f"CONSUMER.INFO.{self._stream}.{self._durable}")
             self._probed_forms.add(form)
-        return True
+            await self._pull()
+
+    async def _end_pull(self, failure: str) -> None:
+        if failure:
+            self._recovery.start(failure)
+        await self._pull()
 
     def _start_processing(self) -> None:
         self._tasks[asyncio.create_task(self._process_messages())] = None
@@ -207,7 +202,7 @@ class Worker:
             now = asyncio.get_running_loop().time()
             self._recovery.note_reconnect()
             self._prefetch.update(now)
-            for task in (*self._time_limit.enforce(now), *(task for task in self._tasks if task.done())):
+            for task in (*self._time_limit.enforce(), *(task for task in self._tasks if task.done())):
                 await self._replace(task)
             if self._registry.has_late_acks():
                 self._recovery.look()

@@ -20,10 +20,9 @@ from nats.js.errors import NotFoundError
 
 from jobqueue.arguments import make_parser, number, subject, whole_number
 from jobqueue.connection import connect
-from jobqueue.errors import Failure
+from jobqueue.errors import TRANSIENT_ERRORS, Failure
 from jobqueue.lines import opened, read_lines
 from jobqueue.publish import Message, Outcome, publish, publish_many
-from jobqueue.retrying import TRANSIENT_ERRORS
 from jobqueue.script import shutdown_on_signal, start
 
 log = logging.getLogger("publisher")

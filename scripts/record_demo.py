@@ -19,12 +19,7 @@ COLUMNS, ROWS = 108, 22
 WIDTH, HEIGHT = 7.8, 18  # pixels of a character
 MARGIN = 14
 PAUSE = 6.0  # seconds, before it begins again
-COLORS = {
-    "publisher": "#e0af68",
-    "consumer 1": "#7dcfff",
-    "consumer 2": "#9ece6a",
-    "dlq": "#f7768e",
-}
+COLORS = {"publisher": "#e0af68", "consumer 1": "#7dcfff", "consumer 2": "#9ece6a", "dlq": "#f7768e"}
 
 
 def record() -> list[tuple[float, str]]:

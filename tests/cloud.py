@@ -20,10 +20,7 @@ from nats.aio.client import Client
 
 from tests.harness import Server
 
-UNLIMITED = {
-    **dict.fromkeys(("subs", "data", "payload", "imports", "exports", "conn", "leaf"), -1),
-    "wildcards": True,
-}
+UNLIMITED = {**dict.fromkeys(("subs", "data", "payload", "imports", "exports", "conn", "leaf"), -1), "wildcards": True}
 LIMITS = UNLIMITED | {"payload": 1024 * 1024, "disk_storage": 4 * 1024**3, "streams": 10, "consumer": 100}
 
 
@@ -107,7 +104,6 @@ class Cloud(Server):
             expires: seconds since 1970.
             publish: what to `allow` and to `deny`.
             subscribe: the same.
-
         """
         user = self._users[name] = Key(nkeys.PREFIX_BYTE_USER)
         unlimited = {"subs": -1, "data": -1, "payload": -1}

@@ -107,10 +107,7 @@ async def test_a_user_whom_the_server_does_not_let_in(cloud: Cloud, command: tup
     users = {
         "expired": cloud.user("expired.creds", expires=time.time() - 1),
         "revoked": cloud.user("revoked.creds"),
-        "by a password": {
-            "NATS_URL": cloud.url.replace("//", "//me:secret@"),
-            "SSL_CERT_FILE": str(cloud.authority),
-        },
+        "by a password": {"NATS_URL": cloud.url.replace("//", "//me:secret@"), "SSL_CERT_FILE": str(cloud.authority)},
     }
     await _change(cloud, revoked=["revoked.creds"])
     failed = f"cannot connect to {cloud.url}" if command in SCRIPTS else f"{_stream(command[0])} was not created"
@@ -172,11 +169,7 @@ async def test_a_consumer_whose_credentials_end_uses_the_renewed_file(cloud: Clo
         (CONSUMER, "$JS.API.CONSUMER.CREATE.>", "$js.api.consumer.create.orders_stream.processor.orders.*"),
         (CONSUMER, "$JS.API.CONSUMER.MSG.NEXT.>", "$js.api.consumer.msg.next.orders_stream.processor"),
         (CONSUMER, "$JS.ACK.>", "$js.ack.orders_stream.processor.1.0.0.0.0"),
-        (
-            DLQ,
-            "$JS.API.CONSUMER.CREATE.>",
-            "$js.api.consumer.create.orders_unprocessed.unprocessed_order_handler",
-        ),
+        (DLQ, "$JS.API.CONSUMER.CREATE.>", "$js.api.consumer.create.orders_unprocessed.unprocessed_order_handler"),
         (DLQ, "$JS.ACK.orders_unprocessed.>", "$js.ack.orders_unprocessed.unprocessed_order_handler.1.0.0.0.0"),
         (DLQ, "$JS.ACK.orders_stream.>", "$js.ack.orders_stream.processor.2.1.0.0.0"),
         (DLQ, "$JS.API.CONSUMER.LIST.>", "$js.api.consumer.list.orders_stream"),

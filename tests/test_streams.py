@@ -38,11 +38,7 @@ SERVERS_OWN = {"name", "metadata", "compression", "consumer_limits", "persist_mo
         ("orders_stream", ARTICLE),
         (
             "orders_unprocessed",
-            ARTICLE
-            | {
-                "subjects": ["$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.orders_stream.*"],
-                "max_msg_size": -1,
-            },
+            ARTICLE | {"subjects": ["$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.orders_stream.*"], "max_msg_size": -1},
         ),
     ],
 )

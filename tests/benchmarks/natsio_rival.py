@@ -11,6 +11,7 @@ import os
 import sys
 
 import natsio
+from natsio.jetstream.message import JsMsg
 
 log = logging.getLogger("rival")
 
@@ -22,7 +23,7 @@ async def consume(nc: natsio.Client, concurrency: int, work_time: float) -> None
     tasks: set[asyncio.Task[None]] = set()
     free = asyncio.Semaphore(concurrency)
 
-    async def process(order: natsio.JsMsg) -> None:
+    async def process(order: JsMsg) -> None:
         log.info("received %s", order.data.decode())
         await asyncio.sleep(work_time)
         free.release()
@@ -52,7 +53,7 @@ async def publish(nc: natsio.Client, count: int) -> None:
 async def main() -> None:
     """Run one of them."""
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
-    async with await natsio.connect(os.environ["NATS_URL"].split(",")) as nc:
+    async with await natsio.connect(os.environ["NATS_URL"].split(",")[0]) as nc:
         if sys.argv[1] == "publish":
             await publish(nc, int(sys.argv[2]))
         else:

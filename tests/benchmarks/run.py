@@ -28,18 +28,7 @@ from nats.errors import Error
 from nats.js.api import AckPolicy, ConsumerConfig
 from nats.js.errors import NotFoundError
 
-from tests.harness import (
-    BIN,
-    CONSUMER,
-    DLQ,
-    PUBLISHER,
-    ROOT,
-    Server,
-    clustered,
-    environment,
-    request,
-    serving,
-)
+from tests.harness import BIN, CONSUMER, DLQ, PUBLISHER, ROOT, Server, clustered, environment, request, serving
 from tests.proxy import proxied
 
 HERE = Path(__file__).parent
@@ -247,13 +236,7 @@ class Benchmark:
         """20,000 empty orders, one process."""
         table = "20,000 empty orders, one process, concurrency 64: orders/s"
         more = ("MB", "µs of CPU an order", "s to the first order")
-        rivals = [
-            QUEUE,
-            QUEUE_ASYNCIO,
-            "nats-py",
-            "taskiq-nats",
-            "FastStream",
-        ]
+        rivals = [QUEUE, QUEUE_ASYNCIO, "nats-py", "taskiq-nats", "FastStream"]
         for _ in range(self.rounds):
             for who in rivals:
                 async with self.queue() as (server, nc):
