@@ -100,7 +100,8 @@ class Recovery:
             if is_over:
                 return
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._needed.wait(), self._grace_ends - self._now())
+                async with asyncio.timeout(self._grace_ends - self._now()):
+                    await self._needed.wait()
 
     async def _restore(self, is_grace_over: bool) -> None:
         while not self._nc.is_connected:

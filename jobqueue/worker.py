@@ -55,6 +55,8 @@ class Worker:
         self._queue: asyncio.Queue[InFlight] = asyncio.Queue()
         self._tasks: dict[asyncio.Task[None], InFlight | None] = {}  # what each is processing
         self._busy = 0  # tasks
+        self._max_batch = 2**31  # messages of a pull request, unless an operator has set a limit
+        self._max_batch = 2**31  # messages of a pull request, unless an operator has set a limit
         self._probed_forms: set[int] = set()  # of ack subjects
         self._tally: Counter[bytes] = Counter()
         self._prefetch = Prefetch()
@@ -82,16 +84,16 @@ class Worker:
         await self._pulls.start()
         try:
             async with asyncio.TaskGroup() as tasks:
-                background = (self._keep_house(ack_wait / 3), self._recovery.run())
-                running = [tasks.create_task(one) for one in background]
+                background = [tasks.create_task(one) for one in (self._keep_house(ack_wait / 3), self._recovery.run())]
                 for _ in range(self._concurrency):
                     self._start_processing()
                 self._recovery.look()  # what there is now, so that a change is noticed
-                await self._pull()
                 await shutdown.wait()
                 await self._finish()
-                for task in running:
-                    task.cancel()
+                while remaining := [task for task in background if not task.done()]:
+                    for task in remaining:  # more than once, since wait_for of Python 3.11 may swallow a cancellation
+                        task.cancel()
+                    await asyncio.sleep(0)
         finally:
             self._time_limit.close()
             for one in self._tasks:
@@ -111,6 +113,7 @@ class Worker:
         except (Error, TimeoutError) as error:
             raise Failure(f"cannot create {durable}: {describe_error(error)}") from None
         config = info["config"]
+        self._max_batch = config.get("max_batch") or self._max_batch
         return float(min(config.get("backoff") or [config["ack_wait"]])) / 1e9
 
     async def _finish(self) -> None:
@@ -136,15 +139,18 @@ class Worker:
             room = min(room, 1)  # it may turn out that it must not be acked
         missing = room - self._pulls.requested
         if missing >= max(1, room // 2):
-            await self._pulls.send(missing)
+            await self._pulls.send(min(missing, self._max_batch))
 
     async def _receive(self, message: Msg) -> None:
         one = await self._registry.add(message)
         form = message.reply.count(".")
-        if form not in self._probed_forms:
+        is_probed = form in self._probed_forms
+        if not is_probed:
             await self._probe(message, form)
         if one:
             self._queue.put_nowait(one)
+        if not is_probed:
+            await self._pull()
 
     async def _probe(self, message: Msg, form: int) -> None:
         """Make sure that a message may be acked. Only a delivery tells which form the ack subjects have."""
@@ -152,7 +158,6 @@ class Worker:
         with suppress(Error, TimeoutError):  # the next delivery tells, then
             await api_request(self._nc, f"CONSUMER.INFO.{self._stream}.{self._durable}")
             self._probed_forms.add(form)
-            await self._pull()
 
     async def _end_pull(self, failure: str) -> None:
         if failure:

@@ -51,7 +51,8 @@ class Key:
 class Cloud(Server):
     """A server with an operator, one account and its users, and a certificate that only `authority` vouches for."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, flags: str = "") -> None:
+        self._flags = flags
         self._operator, self._system, self._account = (
             Key(prefix) for prefix in (nkeys.PREFIX_BYTE_OPERATOR, nkeys.PREFIX_BYTE_ACCOUNT, nkeys.PREFIX_BYTE_ACCOUNT)
         )
@@ -82,7 +83,7 @@ class Cloud(Server):
         return (
             f"operator: {operator}\n"
             f"system_account: {self._system.public}\nresolver: MEMORY\nresolver_preload: {json.dumps(accounts)}\n"
-            f'tls {{ cert_file: "{pem}", key_file: "{pem}" }}\n'
+            f'tls {{ cert_file: "{pem}", key_file: "{pem}" }}\n{self._flags}\n'
         )
 
     def change(self, revoked: Sequence[str] = (), **limits: Any) -> None:

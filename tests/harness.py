@@ -7,6 +7,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import urllib.request
 from asyncio.subprocess import PIPE, STDOUT, Process
@@ -25,6 +26,9 @@ ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 NATS_SERVER = os.environ.get("NATS_SERVER", str(BIN / "nats-server"))  # another version may be named there
 PATIENCE = 60.0  # seconds until an event that a test waits for counts as one that doesn't come
+
+# Ack subjects of version 2, which nats-server knows from 2.14 on.
+ACKS_OF_VERSION_2 = "feature_flags { js_ack_fc_v2: true }"
 
 ADVISORIES = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.orders_stream"
 CONSUMER = ("consumer/consumer.py", "orders_stream", "orders.*")
@@ -83,8 +87,11 @@ class Script:
 
     async def status(self) -> int:
         """Wait until the process has ended and return its exit status."""
-        async with asyncio.timeout(PATIENCE):
-            return await self.ended()
+        try:
+            async with asyncio.timeout(PATIENCE):
+                return await self.ended()
+        except TimeoutError:
+            raise AssertionError("it doesn't end:\n" + "\n".join(self.lines)) from None
 
     async def stop(self, signum: int = signal.SIGTERM) -> int:
         """Send a signal and return the exit status."""
@@ -224,6 +231,13 @@ class Server:
             yield nc
         finally:
             await nc.close()
+
+
+def knows_acks_of_version_2() -> bool:
+    """Return whether the nats-server that is tested knows the feature flag."""
+    answer = subprocess.run([NATS_SERVER, "--version"], capture_output=True, text=True, check=True).stdout
+    major, minor = re.findall(r"v(\d+)\.(\d+)", answer)[0]
+    return (int(major), int(minor)) >= (2, 14)
 
 
 def edited(script: str, code: str, directory: Path) -> str:

@@ -5,6 +5,7 @@ import re
 import shlex
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from nats.js.api import AckPolicy, ConsumerConfig
 from jobqueue.streams import subjects_overlap
 from tests.cloud import Cloud
 from tests.harness import (
+    ACKS_OF_VERSION_2,
     ADVISORIES,
     CONSUMER,
     DLQ,
     PUBLISHER,
     ROOT,
+    dead_letters,
     emptied,
+    knows_acks_of_version_2,
     messages,
     publish,
     request,
@@ -35,14 +39,28 @@ STREAM_SCRIPTS = ["scripts/create_orders_stream.sh", "scripts/create_orders_unpr
 WHO = "(are the credentials wrong, expired or revoked?)"
 
 
-@pytest.fixture
-async def cloud(tmp_path: Path) -> AsyncIterator[Cloud]:
-    server = Cloud(tmp_path)
+@asynccontextmanager
+async def clouded(directory: Path, *, flags: str = "") -> AsyncIterator[Cloud]:
+    server = Cloud(directory, flags=flags)
     await server.start()
     try:
         yield server
     finally:
         await server.stop()
+
+
+@pytest.fixture
+async def cloud(tmp_path: Path) -> AsyncIterator[Cloud]:
+    async with clouded(tmp_path) as server:
+        yield server
+
+
+@pytest.fixture
+async def cloud_with_acks_of_version_2(tmp_path: Path) -> AsyncIterator[Cloud]:
+    if not knows_acks_of_version_2():
+        pytest.skip("this nats-server doesn't know them")
+    async with clouded(tmp_path, flags=ACKS_OF_VERSION_2) as server:
+        yield server
 
 
 async def test_the_walk_through(cloud: Cloud, tmp_path: Path) -> None:
@@ -277,8 +295,21 @@ def _user(cloud: Cloud, role: str) -> dict[str, str]:
     return cloud.user(role, publish={"allow": may_publish}, subscribe={"allow": may_subscribe})
 
 
-async def test_the_permissions_in_the_readme_are_what_is_needed(cloud: Cloud, tmp_path: Path) -> None:
-    """All of them, and no more: whatever they allow is made use of."""
+async def test_the_permissions_in_the_readme_are_enough(cloud: Cloud, tmp_path: Path) -> None:
+    await _work_with_the_permissions_of_the_readme(cloud, tmp_path)
+
+
+async def test_the_permissions_in_the_readme_are_what_is_needed(
+    cloud_with_acks_of_version_2: Cloud, tmp_path: Path
+) -> None:
+    """All of them, and no more: whatever they allow is made use of, and what a reconnect needs in the test below."""
+    allowed = {subject for role in ROLES.values() for cell in role for subject in cell if "DIRECT.GET" not in subject}
+    seen = await _work_with_the_permissions_of_the_readme(cloud_with_acks_of_version_2, tmp_path)
+    assert {one for one in allowed if not any(subjects_overlap(one, other) for other in seen)} == set()
+
+
+async def _work_with_the_permissions_of_the_readme(cloud: Cloud, tmp_path: Path) -> set[str]:
+    """Do all that the scripts do, and return the subjects that were published to."""
     seen: set[str] = set()
 
     async def see(message: Msg) -> None:
@@ -288,11 +319,7 @@ async def test_the_permissions_in_the_readme_are_what_is_needed(cloud: Cloud, tm
     async def is_published() -> bool:
         return advisory in seen
 
-    async def are_all_used() -> bool:
-        return all(any(subjects_overlap(one, other) for other in seen) for one in allowed)
-
     advisory = f"{ADVISORIES}.processor"
-    allowed = {subject for role in ROLES.values() for cell in role for subject in cell}
     admin = cloud.user("admin.creds")
     consumer = with_body(
         CONSUMER[0], "process", "await asyncio.sleep(0.6)\n    assert order.data != b'order-1'", tmp_path
@@ -316,13 +343,64 @@ async def test_the_permissions_in_the_readme_are_what_is_needed(cloud: Cloud, tm
             async with cloud.script(dlq_script, *DLQ[1:], **dlq_processor) as dlq:
                 await dlq.line("reprocessing order order-1")
                 await emptied(nc, "orders_stream", "orders_unprocessed")
-                await until(are_all_used)
                 assert await dlq.stop() == 0
             assert await running.stop() == 0
     assert dlq.found("nothing to reprocess: .*") == [
         "nothing to reprocess: stream sequence # 2 in orders_stream will be delivered again: the durable other is gone"
     ]
     assert len(dlq.lines) == 5, dlq.lines
+    return seen
+
+
+async def test_what_may_not_be_acked_by_the_servers_form_is_not_worked_on(
+    cloud_with_acks_of_version_2: Cloud, tmp_path: Path
+) -> None:
+    """The user may ack by version 1 alone, as was enough before the server was changed."""
+    cloud = cloud_with_acks_of_version_2
+    await cloud.create_streams(**cloud.user("app.creds"))
+    async with cloud.client() as nc:
+        await publish(nc, *(b"order-%d" % i for i in range(50)))
+        user = cloud.user("some.creds", publish={"deny": ["$JS.ACK.*.*.orders_stream.processor.>"]})
+        consumer = await cloud.run(*CONSUMER, "--concurrency", "20", "--failure-rate", "0", **user)
+        assert consumer.process.returncode == 1
+        (line,) = consumer.messages
+        assert re.match(r'the server refused: permissions violation for publish to "\$js\.ack\._\.\w+\.orders_', line)
+        delivered = (await request(nc, "CONSUMER.INFO.orders_stream.processor"))["delivered"]["consumer_seq"]
+        assert delivered == 1  # each delivery costs an order an attempt
+
+
+@pytest.mark.parametrize("role", ["consumer", "DLQ processor"])
+@pytest.mark.parametrize("may_verify", [True, False])
+@pytest.mark.parametrize("role", ["consumer", "DLQ processor"])
+@pytest.mark.parametrize("may_verify", [True, False])
+async def test_a_worker_with_the_permissions_of_the_readme_verifies_after_a_reconnect(
+    cloud: Cloud, tmp_path: Path, role: str, may_verify: bool
+) -> None:
+    await cloud.create_streams(**cloud.user("admin.creds"))
+    go = tmp_path / "go"
+    body = f"""from pathlib import Path
+    log.info("began")
+    while not Path({str(go)!r}).exists():
+        await asyncio.sleep(0.05)"""
+    command = CONSUMER if role == "consumer" else DLQ
+    script = with_body(command[0], "process" if role == "consumer" else "reprocess", body, tmp_path)
+    may_publish, may_subscribe = ROLES[role]
+    allowed = [subject for subject in may_publish if may_verify or "DIRECT.GET" not in subject]
+    user = cloud.user("some.creds", publish={"allow": allowed}, subscribe={"allow": may_subscribe})
+    async with cloud.client() as nc:
+        await (publish if role == "consumer" else dead_letters)(nc, b"order-0")
+    async with cloud.script(script, *command[1:], **user) as running:
+        await running.line("began")
+        await cloud.restart()
+        await running.line("connected again")
+        if may_verify:
+            go.touch()
+            async with cloud.client() as nc:
+                await emptied(nc, "orders_stream", "orders_unprocessed")
+            assert await running.stop() == 0
+        else:
+            await running.line("the server refused: .*")
+            assert await running.status() == 1
 
 
 async def test_the_permissions_in_the_readme_allow_nothing_else(cloud: Cloud) -> None:

@@ -1,0 +1,166 @@
+"""An ack hits no other message than its own, and isn't withheld from its own."""
+
+import shutil
+import signal
+from collections import Counter
+from pathlib import Path
+
+from nats.aio.client import Client
+
+from tests.harness import CONSUMER, Server, durable_info, emptied, messages, publish, request, until, with_body
+
+OLD = [b"old-%d" % i for i in range(15)]
+NEW = [b"new-%d" % i for i in range(10)]
+
+
+def waiting_consumer(go: Path, directory: Path) -> str:
+    """Make a consumer whose old orders wait for a file, and whose new ones fail at first."""
+    body = f"""from pathlib import Path
+    log.info("began %s", printable(order.data))
+    while order.data.startswith(b"old") and not Path({str(go)!r}).exists():
+        await asyncio.sleep(0.05)
+    if order.data.startswith(b"new") and order.metadata.num_delivered == 1:
+        raise ValueError
+    log.info("done with %s", printable(order.data))"""
+    return with_body("consumer/consumer.py", "process", body, directory)
+
+
+async def test_acks_after_a_backup_and_a_restore_are_sent(server: Server, nc: Client, tmp_path: Path) -> None:
+    """The restored stream is younger than its messages, and still theirs."""
+    go = tmp_path / "go"
+    await publish(nc, *OLD)
+    async with server.script(waiting_consumer(go, tmp_path), *CONSUMER[1:], "--concurrency", "15") as consumer:
+        await consumer.line("began old-.*", len(OLD))
+        backup = str(tmp_path / "backup")
+        for command in ("backup orders_stream", "rm --force orders_stream", "restore"):
+            directory = [] if "rm" in command else [backup, "--no-progress"]
+            natscli = await server.run("nats", "stream", *command.split(), *directory)
+            assert natscli.process.returncode == 0, natscli.lines
+        await consumer.line("orders_stream is back")
+        go.touch()
+        await emptied(nc, "orders_stream")
+        assert await consumer.stop() == 0
+    assert Counter(consumer.found("began (.*)")) == Counter(order.decode() for order in OLD)
+    assert await messages(nc, "orders_unprocessed") == 0
+
+
+async def test_acks_after_an_edit_and_two_restarts_are_sent(server: Server, tmp_path: Path) -> None:
+    """Up to nats-server 2.12 the second restart moves the time when the stream was created."""
+    go = tmp_path / "go"
+    async with server.client() as nc:
+        await publish(nc, *OLD)
+    async with server.script(waiting_consumer(go, tmp_path), *CONSUMER[1:], "--concurrency", "15") as consumer:
+        await consumer.line("began old-.*", len(OLD))
+        await server.restart(signal.SIGTERM)
+        await consumer.line("connected again")
+        async with server.client() as nc:
+            config = (await request(nc, "STREAM.INFO.orders_stream"))["config"]
+            await request(nc, "STREAM.UPDATE.orders_stream", config | {"description": "edited"})
+        await server.restart(signal.SIGTERM)
+        await consumer.line("connected again", 2)
+        go.touch()
+        async with server.client() as nc:
+            await emptied(nc, "orders_stream")
+            assert await messages(nc, "orders_unprocessed") == 0
+        assert await consumer.stop() == 0
+    assert Counter(consumer.found("began (.*)")) == Counter(order.decode() for order in OLD)
+
+
+async def test_acks_of_orders_that_a_roll_back_took_away_hit_no_new_ones(server: Server, tmp_path: Path) -> None:
+    """The server's volume is set back to a snapshot, and new orders get the stream sequences of old ones."""
+    go = tmp_path / "go"
+    store, snapshot = tmp_path / "store", tmp_path / "snapshot"
+    async with server.script(waiting_consumer(go, tmp_path), *CONSUMER[1:], "--concurrency", "30") as consumer:
+        async with server.client() as nc:
+            await durable_info(nc, "orders_stream", "processor")
+        await server.stop()
+        shutil.copytree(store, snapshot)
+        await server.start()
+        await consumer.line("connected again")
+        async with server.client() as nc:
+            await publish(nc, *OLD)
+        await consumer.line("began old-.*", len(OLD))
+        await server.stop(signal.SIGKILL)
+        shutil.rmtree(store)
+        snapshot.rename(store)
+        await server.start()
+        async with server.client() as nc:
+            await publish(nc, *NEW)
+            await consumer.line("connected again", 2)
+            await consumer.line("error processing new-.: ValueError", len(NEW))
+            go.touch()
+            await consumer.line("done with old-.*", len(OLD))
+            await consumer.line("done with new-.*", len(NEW))
+            await emptied(nc, "orders_stream")
+            assert await consumer.stop() == 0
+            assert await messages(nc, "orders_unprocessed") == 0
+    assert Counter(consumer.found("done with (new-.)")) == Counter(order.decode() for order in NEW)
+    assert len(consumer.found("stream sequence # .* in orders_stream is (another message now|gone): not acked")) == 15
+
+
+async def test_another_stream_at_the_same_address_gets_no_acks_of_the_first(server: Server, tmp_path: Path) -> None:
+    """The store is lost altogether, and the streams are created again."""
+    go = tmp_path / "go"
+    async with server.client() as nc:
+        await publish(nc, *OLD)
+    async with server.script(waiting_consumer(go, tmp_path), *CONSUMER[1:], "--concurrency", "30") as consumer:
+        await consumer.line("began old-.*", len(OLD))
+        await server.stop(signal.SIGKILL)
+        shutil.rmtree(tmp_path / "store")
+        await server.start()
+        await server.create_streams()
+        async with server.client() as nc:
+            await publish(nc, *NEW)
+            go.touch()
+            await consumer.line("done with old-.*", len(OLD))
+            await consumer.line("done with new-.*", len(NEW))
+            await emptied(nc, "orders_stream")
+        assert await consumer.stop() == 0
+    assert Counter(consumer.found("began (new-.)")) == Counter(2 * [order.decode() for order in NEW])
+
+
+async def test_nothing_is_sent_for_an_order_before_it_is_verified(server: Server, nc: Client, tmp_path: Path) -> None:
+    """Neither acks nor heartbeats after a reconnect, as the server's own log of requests shows."""
+    go = tmp_path / "go"
+    seen: list[str] = []
+
+    async def see(message: object) -> None:
+        seen.append(str(getattr(message, "subject", "")))
+
+    async with server.script(waiting_consumer(go, tmp_path), *CONSUMER[1:], "--concurrency", "15") as consumer:
+        async with server.client() as before:
+            await publish(before, *OLD)
+        await consumer.line("began old-.*", len(OLD))
+        await server.restart(signal.SIGKILL)
+        async with server.client() as after:
+            await after.subscribe("$JS.ACK.>", cb=see)
+            await after.subscribe("$JS.API.DIRECT.GET.>", cb=see)
+            await consumer.line("connected again")
+            go.touch()
+            await emptied(after, "orders_stream")
+        assert await consumer.stop() == 0
+    first_ack = next(i for i, subject in enumerate(seen) if subject.startswith("$JS.ACK"))
+    assert seen[:first_ack].count("$JS.API.DIRECT.GET.orders_stream") == len(OLD)
+
+
+async def is_pending(nc: Client, count: int) -> bool:
+    found: int = (await durable_info(nc, "orders_stream", "processor"))["num_ack_pending"]
+    return found == count
+
+
+async def test_an_order_that_was_removed_while_it_waits_is_not_processed(
+    server: Server, nc: Client, tmp_path: Path
+) -> None:
+    """It was queued behind another one when the connection was lost."""
+    go = tmp_path / "go"
+    await publish(nc, b"old-0", b"new-0")
+    async with server.script(waiting_consumer(go, tmp_path), *CONSUMER[1:]) as consumer:
+        await consumer.line("began old-0")
+        await until(lambda: is_pending(nc, 2))
+        await nc.request("$JS.ACK.orders_stream.processor.1.2.0.0.0", b"+ACK", timeout=5)
+        await server.restart(signal.SIGKILL)
+        await consumer.line("stream sequence # 2 in orders_stream is gone: not acked")
+        go.touch()
+        await consumer.line("done with old-0")
+        assert await consumer.stop() == 0
+    assert not consumer.found("began new-0")
