@@ -371,8 +371,6 @@ async def test_what_may_not_be_acked_by_the_servers_form_is_not_worked_on(
 
 @pytest.mark.parametrize("role", ["consumer", "DLQ processor"])
 @pytest.mark.parametrize("may_verify", [True, False])
-@pytest.mark.parametrize("role", ["consumer", "DLQ processor"])
-@pytest.mark.parametrize("may_verify", [True, False])
 async def test_a_worker_with_the_permissions_of_the_readme_verifies_after_a_reconnect(
     cloud: Cloud, tmp_path: Path, role: str, may_verify: bool
 ) -> None:
