@@ -119,6 +119,64 @@ async def test_work_that_raises_is_a_failed_order(
         assert await running.stop() == 0
 
 
+async def test_work_that_cancels_its_own_task_and_returns_is_done(server: Server, nc: Client, tmp_path: Path) -> None:
+    """Its cancellation must not hit the next order, which the same task processes."""
+    await publish(nc, *(b"order-%d" % i for i in range(5)))
+    body = "log.info('processed')\n    asyncio.current_task().cancel()"
+    async with server.script(with_body(CONSUMER[0], "process", body, tmp_path), *CONSUMER[1:]) as running:
+        await emptied(nc, "orders_stream")
+        assert await running.stop() == 0
+    assert running.messages[-1] == "stopped: 5 orders processed, 0 deliveries failed"
+    assert len(running.found("processed")) == 5
+
+
+async def test_work_that_ignores_its_cancellation_holds_up_no_other_order(
+    server: Server, nc: Client, tmp_path: Path
+) -> None:
+    """At the time limit it goes on for ever, and its order is redelivered all the same."""
+    await publish(nc, b"stubborn", *(b"order-%d" % i for i in range(5)))
+    body = """while order.data == b"stubborn":
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            log.info("never mind")
+    log.info("done with %s", printable(order.data))"""
+    consumer = with_body(CONSUMER[0], "process", body, tmp_path)
+    async with server.script(consumer, *CONSUMER[1:], "--time-limit", "0.5") as running, server.script(*DLQ) as dlq:
+        await running.line("done with order-.", 5)
+        await running.line("stream sequence # 1 in orders_stream cannot be cancelled: left to be redelivered", 2)
+        await dlq.line("reprocessing order stubborn")
+        await emptied(nc, "orders_stream", "orders_unprocessed")
+
+
+async def test_a_script_leaves_the_logging_of_a_users_libraries_alone(
+    server: Server, nc: Client, tmp_path: Path
+) -> None:
+    """Their debugging stays silent, their warnings come, and records of theirs say where they are from."""
+    body = """for level in (logging.INFO, logging.WARNING):
+        logging.getLogger("library").log(level, "of level %d", level)
+    from logging.handlers import BufferingHandler
+    records = BufferingHandler(9)
+    logging.getLogger("library").addHandler(records)
+    logging.getLogger("library").error("an error")
+    record = records.buffer[0]
+    log.info("%s %s %s", record.funcName, record.threadName, record.process == __import__("os").getpid())
+    log.info("with extra", extra={"order": 1})
+    log.warning("with a traceback", exc_info=ValueError("mine"))"""
+    await publish(nc, b"order-0")
+    async with server.script(with_body(CONSUMER[0], "process", body, tmp_path), *CONSUMER[1:]) as running:
+        await emptied(nc, "orders_stream")
+        assert await running.stop() == 0
+    assert running.messages[:5] == [
+        "of level 30",
+        "an error",
+        "process MainThread True",
+        "with extra",
+        "with a traceback",
+    ]
+    assert "ValueError: mine" in running.lines
+
+
 @pytest.mark.parametrize(
     ("statement", "reason"),
     [

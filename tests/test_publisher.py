@@ -11,7 +11,9 @@ import psutil
 import pytest
 from nats.aio.client import Client
 
-from tests.harness import PUBLISHER, Script, Server, messages, request
+from jobqueue.connection import connect
+from jobqueue.publish import Message, Outcome, publish, publish_many
+from tests.harness import PUBLISHER, Script, Server, messages, request, serving
 from tests.proxy import proxied
 
 PIPELINED = (*PUBLISHER, "--interval", "0")
@@ -165,3 +167,64 @@ async def test_what_cannot_be_read_is_told(server: Server, tmp_path: Path) -> No
     for file, why in ((tmp_path, "Is a directory"), ("", "No such file or directory")):
         publisher = await server.run(*PUBLISHER, "--input", str(file))
         assert (publisher.process.returncode, publisher.messages) == (1, [f"cannot read {file}: {why}"])
+
+
+@pytest.mark.parametrize("limit", [{"max_msgs": 2}, {"max_bytes": 300}, {"max_msg_size": 60}])
+async def test_what_the_stream_refuses_is_reported_at_once_and_alone(
+    bare_server: Server, nc: Client, limit: dict[str, int]
+) -> None:
+    """Its words have "maximum" in them, as have those of a server that ends a connection."""
+    config = {"name": "s", "subjects": ["orders.*"], "storage": "file", "discard": "new"}
+    await request(nc, "STREAM.CREATE.s", config | limit)
+    publisher = await bare_server.run(*PIPELINED, "--count", "5")
+    stored = await messages(nc, "s")
+    assert publisher.process.returncode == 1
+    assert publisher.messages[:stored] == [f"published order no. {i}" for i in range(stored)]
+    refused = publisher.found(r"order no\. (\d) is not published: (?:max|message size).* \(\d+\)")
+    assert sorted(refused) == [str(i) for i in range(stored, 5)]
+    assert publisher.messages[-1] == f"{5 - stored} of 5 orders are not published"
+    assert len(publisher.lines) == 6
+
+
+async def test_an_order_above_the_servers_limit_is_reported_at_once_and_alone(tmp_path: Path) -> None:
+    async with serving(tmp_path, "max_payload: 1024") as server:
+        await server.create_streams()
+        file = tmp_path / "orders"
+        file.write_bytes(b"small\n" + b"x" * 2000 + b"\nsmall\n")
+        publisher = await server.run(*PIPELINED, "--input", str(file))
+    assert publisher.process.returncode == 1
+    assert sorted(publisher.messages) == [
+        "1 of 3 orders are not published",
+        "order no. 1 is not published: maximum payload exceeded",
+        "published order no. 0",
+        "published order no. 2",
+    ]
+
+
+async def test_a_duplicate_is_told_apart(
+    server: Server, nc: Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever publishes again under an old id must not take that for stored."""
+    monkeypatch.setenv("NATS_URL", server.url)
+    caplog.set_level("INFO")
+
+    async def made(*numbers: int) -> AsyncIterator[Message]:
+        for number in numbers:
+            yield Message(b"order-%d" % number, f"id-{number}", f"order no. {number}")
+
+    async with connect("test") as client:
+        first = await anext(made(0))
+        assert await publish(client, "orders.new", first) is Outcome.STORED
+        again = await publish(client, "orders.new", first)
+        assert again is Outcome.DUPLICATE and not again
+        outcomes = await publish_many(client, "orders.new", made(0, 1, 2))
+    assert outcomes == {Outcome.STORED: 2, Outcome.DUPLICATE: 1}
+    lines = [record.getMessage() for record in caplog.records if record.name == "jobqueue.publish"]
+    assert lines == [
+        "published order no. 0",
+        "order no. 0 was already stored",
+        "order no. 0 was already stored",
+        "published order no. 1",
+        "published order no. 2",
+    ]
+    assert await messages(nc, "orders_stream") == 3
