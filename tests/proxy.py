@@ -1,4 +1,4 @@
-"""A TCP proxy between a process and its server, which can be cut and can swallow what it should pass on."""
+"""A TCP proxy between a process and its server, which can be cut and can drop what it should pass on."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -8,13 +8,13 @@ from contextlib import asynccontextmanager, suppress
 class Proxy:
     """Passes bytes on, unless told otherwise.
 
-    `swallow` is called with each piece, whichever way it goes, and the connection is cut instead of passing on
+    `drops` is called with each piece, whichever way it goes, and the connection is cut instead of passing on
     a piece for which it returns True.
     """
 
     def __init__(self, target: int) -> None:
         self.port = 0
-        self.swallow: Callable[[bytes], bool] = lambda _: False
+        self.drops: Callable[[bytes], bool] = lambda _: False
         self.is_cut = False
         self.delay = 0.0  # seconds, each way
         self._target = target
@@ -35,24 +35,24 @@ class Proxy:
         for writer in self._writers:
             writer.transport.pause_reading()  # type: ignore[attr-defined]
 
-    def mend(self) -> None:
+    def restore(self) -> None:
         self.is_cut = False
         for writer in self._writers:
             writer.transport.resume_reading()  # type: ignore[attr-defined]
 
-    def swallow_first(self, part: bytes) -> asyncio.Event:
+    def cut_instead_of(self, part: bytes) -> asyncio.Event:
         """Cut the connection once, instead of passing on a piece that has this in it, and set the event then."""
-        swallowed = asyncio.Event()
+        has_cut = asyncio.Event()
 
-        def swallow(piece: bytes) -> bool:
+        def drops(piece: bytes) -> bool:
             if part not in piece:
                 return False
-            self.swallow = lambda _: False
-            swallowed.set()
+            self.drops = lambda _: False
+            has_cut.set()
             return True
 
-        self.swallow = swallow
-        return swallowed
+        self.drops = drops
+        return has_cut
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.is_cut:
@@ -86,7 +86,7 @@ class Proxy:
         passing = asyncio.create_task(pass_on())
         with suppress(OSError):
             while piece := await reader.read(2**16):
-                if self.swallow(piece):
+                if self.drops(piece):
                     break
                 late.put_nowait((loop.time() + self.delay, piece))
         late.put_nowait((0, b""))

@@ -15,7 +15,6 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from nats.aio.client import Client
 
-from tests.crew import begun, crew, settled
 from tests.harness import (
     ADVISORIES,
     CONSUMER,
@@ -34,6 +33,7 @@ from tests.harness import (
     until,
     with_body,
 )
+from tests.process_group import begun, process_group, settled
 from tests.proxy import proxied
 
 pytestmark = pytest.mark.faults
@@ -45,60 +45,58 @@ def names(count: int) -> list[str]:
     return [f"order-{i}" for i in range(count)]
 
 
-async def test_consumers_killed(server: Server, nc: Client, chance: random.Random, soak: int) -> None:
+async def test_consumers_killed(server: Server, nc: Client, rng: random.Random, soak: int) -> None:
     kills = 20 * soak
     published = names(kills * 100)
-    async with crew(server, 4, *LOAD) as working:
+    async with process_group(server, 4, *LOAD) as group:
         await publish(nc, *(name.encode() for name in published))
         for _ in range(kills):
-            await asyncio.sleep(chance.uniform(0.1, 0.5))
-            working.kill(chance)
-        print(await settled(nc, working, published))
+            await asyncio.sleep(rng.uniform(0.1, 0.5))
+            group.kill(rng)
+        print(await settled(nc, group, published))
 
 
-async def test_dlq_processors_killed(
-    server: Server, nc: Client, chance: random.Random, soak: int, tmp_path: Path
-) -> None:
+async def test_dlq_processors_killed(server: Server, nc: Client, rng: random.Random, soak: int, tmp_path: Path) -> None:
     kills = 10 * soak
     published = names(kills * 10)
     await dead_letters(nc, *(name.encode() for name in published))
     slow = with_body("dlq/consumer.py", "reprocess", "await asyncio.sleep(0.1)", tmp_path)
-    async with crew(server, 0, dlq=(slow, *DLQ[1:])) as working:
+    async with process_group(server, 0, dlq=(slow, *DLQ[1:])) as group:
         for _ in range(kills):
-            await asyncio.sleep(chance.uniform(0.5, 1.5))
-            working.kill(chance)
-        print(await settled(nc, working, published))
+            await asyncio.sleep(rng.uniform(0.5, 1.5))
+            group.kill(rng)
+        print(await settled(nc, group, published))
 
 
-async def test_server_killed(server: Server, chance: random.Random, soak: int) -> None:
+async def test_server_killed(server: Server, rng: random.Random, soak: int) -> None:
     kills = 5 * soak
     published = names(kills * 400)
     publisher = (*PUBLISHER, "--count", str(len(published)), "--interval", "0.002")
-    async with crew(server, 2, *LOAD) as working, server.script(*publisher) as publishing:
+    async with process_group(server, 2, *LOAD) as group, server.script(*publisher) as publishing:
         await publishing.line("published .*", 100)
         for _ in range(kills):
-            await asyncio.sleep(chance.uniform(0.5, 1.5))
-            working.expose(2)  # a server without replicas may forget acks of its last moments
+            await asyncio.sleep(rng.uniform(0.5, 1.5))
+            group.expose(2)  # a server without replicas may forget acks of its last moments
             await server.restart(signal.SIGKILL)
-            working.expose(1)  # and what was on its way then
+            group.expose(1)  # and what was on its way then
         assert await publishing.status() == 0
         async with server.client() as nc:
-            print(await settled(nc, working, published))
+            print(await settled(nc, group, published))
 
 
 async def test_server_in_lame_duck_mode(server: Server, soak: int) -> None:
     published = names(1000 * soak)
     publisher = (*PUBLISHER, "--count", str(len(published)), "--interval", "0.001")
-    async with crew(server, 2, *LOAD) as working, server.script(*publisher) as publishing:
+    async with process_group(server, 2, *LOAD) as group, server.script(*publisher) as publishing:
         await publishing.line("published .*", 200)
         await server.restart(signal.SIGUSR2)
         assert await publishing.status() == 0
         async with server.client() as nc:
-            print(await settled(nc, working, published))
+            print(await settled(nc, group, published))
 
 
-async def test_leaders_killed(tmp_path: Path, chance: random.Random, soak: int) -> None:
-    """What was acknowledged comes again from no new leader; it may not know what was begun in the last moment.
+async def test_leaders_killed(tmp_path: Path, rng: random.Random, soak: int) -> None:
+    """No new leader redelivers what was acked; it may not know what was begun in the last moment.
 
     Every other leader is killed as soon as it is there, before all acks have been repeated. A dead letter that had no
     advisory may have been acknowledged: nats-server has been seen to keep such orders in their stream.
@@ -107,75 +105,75 @@ async def test_leaders_killed(tmp_path: Path, chance: random.Random, soak: int) 
         published = names(3000 * soak)
         publisher = (*PUBLISHER, "--count", str(len(published)), "--interval", "0.002")
         many = ("--concurrency", "40", "--work-time", "0.3", "--failure-rate", "0.1")
-        async with crew(cluster, 3, *many) as working, cluster.script(*publisher) as publishing:
+        async with process_group(cluster, 3, *many) as group, cluster.script(*publisher) as publishing:
             await publishing.line("published .*", 100)
             for kill in range(4 * soak):
-                await asyncio.sleep(0 if kill % 2 else chance.uniform(0.5, 2))
+                await asyncio.sleep(0 if kill % 2 else rng.uniform(0.5, 2))
                 leader = await cluster.leader(nc, "orders_stream")
-                working.expose(0.25)
+                group.expose(0.25)
                 await leader.stop(signal.SIGKILL)
-                working.expose(0.25)  # and what was on its way then
+                group.expose(0.25)  # and what was on its way then
                 await leader.start()
                 await until(cluster.is_healthy)
             assert await publishing.status() == 0
             kept = r"dead letter # (\d+) in orders_stream had no advisory left: published one"
-            found = (f"order-{int(sequence) - 1}" for script in working.all for sequence in script.found(kept))
-            print(await settled(nc, working, published, found))
+            found = (f"order-{int(sequence) - 1}" for script in group.all for sequence in script.found(kept))
+            print(await settled(nc, group, published, found))
 
 
-async def test_rolling_restart(tmp_path: Path, chance: random.Random, soak: int) -> None:
+async def test_rolling_restart(tmp_path: Path, rng: random.Random, soak: int) -> None:
     async with clustered(tmp_path) as (cluster, nc):
         published = names(1500 * soak)
         publisher = (*PUBLISHER, "--count", str(len(published)), "--interval", "0.003")
-        async with crew(cluster, 3, *LOAD) as working, cluster.script(*publisher) as publishing:
+        async with process_group(cluster, 3, *LOAD) as group, cluster.script(*publisher) as publishing:
             await publishing.line("published .*", 100)
             for _ in range(soak):
-                for server in chance.sample(list(cluster.servers.values()), 3):
+                for server in rng.sample(list(cluster.servers.values()), 3):
                     await server.restart(signal.SIGTERM)
                     await until(cluster.is_healthy)
             assert await publishing.status() == 0
-            print(await settled(nc, working, published))
+            print(await settled(nc, group, published))
 
 
-async def test_network_cut_for_short(server: Server, nc: Client, chance: random.Random, soak: int) -> None:
+async def test_network_cut_for_short(server: Server, nc: Client, rng: random.Random, soak: int) -> None:
     """Shorter than the ack wait: nothing is done twice."""
     published = names(1500 * soak)
     publisher = (*PUBLISHER, "--count", str(len(published)), "--interval", "0.002")
     async with (
         proxied(server.port) as proxy,
-        crew(server, 2, *LOAD, url=proxy.url) as working,
+        process_group(server, 2, *LOAD, url=proxy.url) as group,
         server.script(*publisher, NATS_URL=proxy.url) as publishing,
     ):
         await publishing.line("published .*", 100)
         for _ in range(5 * soak):
-            await asyncio.sleep(chance.uniform(0.2, 1))
-            chance.choice([proxy.cut, proxy.stall])()
-            await asyncio.sleep(chance.uniform(0.1, 1.5))
-            proxy.mend()
-            await until(working.is_connected)  # two cuts in a row would be a long one
+            await asyncio.sleep(rng.uniform(0.2, 1))
+            rng.choice([proxy.cut, proxy.stall])()
+            await asyncio.sleep(rng.uniform(0.1, 1.5))
+            proxy.restore()
+            await until(group.is_connected)  # two cuts in a row would be a long one
         assert await publishing.status() == 0
-        print(await settled(nc, working, published))
+        print(await settled(nc, group, published))
 
 
-async def test_network_cut_for_long(server: Server, nc: Client, chance: random.Random, soak: int) -> None:
-    """Longer than the ack wait: what was at work may be done twice."""
+async def test_network_cut_for_long(server: Server, nc: Client, rng: random.Random, soak: int) -> None:
+    """Longer than the ack wait: what was in flight may be done twice."""
     published = names(1500 * soak)
     publisher = (*PUBLISHER, "--count", str(len(published)), "--interval", "0.002")
     async with (
         proxied(server.port) as proxy,
-        crew(server, 2, *LOAD, url=proxy.url) as working,
+        process_group(server, 2, *LOAD, url=proxy.url) as group,
         server.script(*publisher, NATS_URL=proxy.url) as publishing,
     ):
         await publishing.line("published .*", 100)
         for cut in [proxy.cut, proxy.stall] * soak:
-            await asyncio.sleep(chance.uniform(0.2, 1))
+            await asyncio.sleep(rng.uniform(0.2, 1))
             cut()
-            working.expose(0.5)
-            await asyncio.sleep(chance.uniform(6, 8))
-            working.expose(8)
-            proxy.mend()
+            group.expose(0.5)
+            await asyncio.sleep(rng.uniform(6, 8))
+            group.expose(8)
+            proxy.restore()
         assert await publishing.status() == 0
-        print(await settled(nc, working, published))
+        print(await settled(nc, group, published))
 
 
 @pytest.mark.parametrize(
@@ -185,10 +183,10 @@ async def test_network_cut_in_the_middle(server: Server, nc: Client, middle: byt
     """The connection goes just when a request, or an answer, is on its way."""
     published = names(20)
     work = ("--failure-rate", "0.5", "--work-time", "0")
-    async with proxied(server.port) as proxy, crew(server, 1, *work, url=proxy.url) as working:
-        cut = proxy.swallow_first(middle)
+    async with proxied(server.port) as proxy, process_group(server, 1, *work, url=proxy.url) as group:
+        cut = proxy.cut_instead_of(middle)
         await server.run(*PUBLISHER, "--interval", "0", NATS_URL=proxy.url)
-        account = await settled(nc, working, published)
+        account = await settled(nc, group, published)
         assert cut.is_set(), "it was not cut at all"
         print(account)
 
@@ -197,64 +195,64 @@ async def test_slow_network(server: Server, nc: Client, soak: int) -> None:
     published = names(300 * soak)
     async with proxied(server.port) as proxy:
         proxy.delay = 0.1  # seconds, each way
-        async with crew(server, 2, *LOAD, url=proxy.url) as working:
+        async with process_group(server, 2, *LOAD, url=proxy.url) as group:
             await publish(nc, *(name.encode() for name in published[3:]))
             await server.run(*PUBLISHER, "--count", "3", "--interval", "0", NATS_URL=proxy.url)
-            print(await settled(nc, working, published))
+            print(await settled(nc, group, published))
 
 
-async def test_stops_at_random_moments(server: Server, nc: Client, chance: random.Random, soak: int) -> None:
+async def test_stops_at_random_moments(server: Server, nc: Client, rng: random.Random, soak: int) -> None:
     stops = 20 * soak
     published = names(stops * 150)
     await publish(nc, *(name.encode() for name in published))
     work = ("--concurrency", "4", "--work-time", "0.02", "--failure-rate", "0")
-    async with crew(server, 3, *work) as working:
+    async with process_group(server, 3, *work) as group:
         for _ in range(stops):
-            await asyncio.sleep(chance.uniform(0.1, 0.6))
-            script = chance.choice([script for script in working.running if begun(script)] or working.running)
+            await asyncio.sleep(rng.uniform(0.1, 0.6))
+            script = rng.choice([script for script in group.running if begun(script)] or group.running)
             if begun(script):  # before that, a signal ends it at once
-                assert await script.stop(chance.choice([signal.SIGTERM, signal.SIGINT])) == 0
-        print(await settled(nc, working, published))
+                assert await script.stop(rng.choice([signal.SIGTERM, signal.SIGINT])) == 0
+        print(await settled(nc, group, published))
     info = await durable_info(nc, "orders_stream", "processor")
     assert (info["num_redelivered"], info["delivered"]["consumer_seq"]) == (0, len(published))
 
 
-async def test_durable_deleted(server: Server, nc: Client, chance: random.Random, soak: int) -> None:
+async def test_durable_deleted(server: Server, nc: Client, rng: random.Random, soak: int) -> None:
     published = names(1500 * soak)
     await publish(nc, *(name.encode() for name in published))
-    async with crew(server, 3, *LOAD) as working:
+    async with process_group(server, 3, *LOAD) as group:
         for _ in range(3 * soak):
-            await asyncio.sleep(chance.uniform(0.5, 1))
+            await asyncio.sleep(rng.uniform(0.5, 1))
             await request(nc, "CONSUMER.DELETE.orders_stream.processor")
-            working.expose()
+            group.expose()
             await durable_info(nc, "orders_stream", "processor")
-            working.expose(1)  # lines come a little late
-        print(await settled(nc, working, published))
-        complaints = {line for script in working.all for line in script.found("orders_stream: (.*); trying again")}
+            group.expose(1)  # lines come a little late
+        print(await settled(nc, group, published))
+        complaints = {line for script in group.all for line in script.found("orders_stream: (.*); trying again")}
         assert complaints <= {"409 Consumer Deleted", "503 no responders"}
 
 
-async def test_stream_deleted_and_created_again(server: Server, nc: Client, chance: random.Random, soak: int) -> None:
+async def test_stream_deleted_and_created_again(server: Server, nc: Client, rng: random.Random, soak: int) -> None:
     """The orders of the old stream are gone, and those of the new one are done."""
     old, new = [f"order-{i}" for i in range(10_000, 11_000)], names(1000 * soak)
     await publish(nc, *(name.encode() for name in old))
-    async with crew(server, 3, *LOAD) as working:
-        await asyncio.sleep(chance.uniform(0.5, 1))
+    async with process_group(server, 3, *LOAD) as group:
+        await asyncio.sleep(rng.uniform(0.5, 1))
         await request(nc, "STREAM.DELETE.orders_stream")
-        await asyncio.sleep(chance.uniform(0, 3))
+        await asyncio.sleep(rng.uniform(0, 3))
         await server.create_streams()
         await publish(nc, *(name.encode() for name in new))
-        print(await settled(nc, working, new, may_repeat=old))
+        print(await settled(nc, group, new, may_repeat=old))
 
 
-async def test_hostile_advisories(server: Server, nc: Client, chance: random.Random, soak: int) -> None:
+async def test_hostile_advisories(server: Server, nc: Client, rng: random.Random, soak: int) -> None:
     good = [name.encode() for name in names(200)]
     await request(nc, "STREAM.CREATE.other", {"name": "other", "subjects": ["other"], "storage": "memory"})
     await publish(nc, *good, subject="other")
     before = await state(nc, "other")
     await dead_letters(nc, *good)
     await publish(nc, *(b"live" for _ in good))
-    payloads = hostile(2000 * soak, chance.randrange(10**9))
+    payloads = hostile(2000 * soak, rng.randrange(10**9))
     config = (await request(nc, "STREAM.INFO.orders_unprocessed"))["config"]
     await request(nc, "STREAM.UPDATE.orders_unprocessed", config | {"max_bytes": -1})
     for payload in payloads:
@@ -349,7 +347,7 @@ def hostile(count: int, seed: int) -> list[bytes]:
         anything.map(lambda event: json.dumps(event).encode()),
         st.binary(),
         st.text().map(lambda escapes: f"\x1b]0;{escapes}\x07\r\n".encode("utf-8", "replace")),
-        st.integers(0, 19).flatmap(lambda chance: junk if chance == 0 else st.just(b"")),
+        st.integers(0, 19).flatmap(lambda rng: junk if rng == 0 else st.just(b"")),
     )
     made: list[bytes] = []
 

@@ -33,11 +33,18 @@ from tests.proxy import proxied
 
 HERE = Path(__file__).parent
 QUEUE, QUEUE_ASYNCIO = "this queue, with uvloop", "this queue, with asyncio"
-EMPTY, TEN_MS = 0.0, 0.01
+NATSIO = os.environ.get("NATSIO_PYTHON", "")  # a Python that has natsio, which needs 3.13 or later
+EMPTY, TEN_MS, HUNDRED_MS = 0.0, 0.01, 0.1
+EMPTY_ORDERS = "20,000 empty orders, one process, concurrency 64: orders/s"
+TEN_MS_ORDERS = "orders of 10 ms, one process: orders/s"
+PUBLISHED = "publishing 60,000 orders: orders/s"
+FAR = "orders of 100 ms, through a slow network: share of what the work allows"
+REPLICATED = "three replicas, all on this machine, one process: orders/s"
+IDLE_PROCESSES = "10 idle processes of concurrency 100"
 IDLE = ("--failure-rate", "0", "--work-time", "0")
 SECTIONS = [
     *("empty", "ten_ms", "processes", "publishing", "latency"),
-    *("growth", "growth_of_dead_letters", "round_trips", "replicas"),
+    *("growth", "growth_of_dead_letters", "round_trips", "replicas", "idle"),
 ]
 # Runs a script without some modules: aiohttp is there for taskiq, and nats-py takes it up wherever it is.
 WITHOUT = (
@@ -65,9 +72,12 @@ def worker(who: str, concurrency: int, work_time: float) -> tuple[list[str], str
         return script(*ours), "orders_stream", "processor"
     if who == QUEUE_ASYNCIO:
         return script(*ours, uvloop=False), "orders_stream", "processor"
+    if who == "natsio":
+        rival = [NATSIO, str(HERE / "natsio_rival.py"), "consume", str(concurrency), str(work_time)]
+        return rival, "orders_stream", "processor"
     stream, durable = ("taskiq", "taskiq") if who == "taskiq-nats" else ("orders_stream", "processor")
-    rival = who.removesuffix("-nats").lower()
-    return [sys.executable, "-m", "tests.benchmarks.rivals", rival, str(concurrency), str(work_time)], stream, durable
+    command = [sys.executable, "-m", "tests.benchmarks.rivals", who.removesuffix("-nats").lower()]
+    return [*command, str(concurrency), str(work_time)], stream, durable
 
 
 async def fill(nc: Client, count: int) -> None:
@@ -234,42 +244,37 @@ class Benchmark:
 
     async def empty(self) -> None:
         """20,000 empty orders, one process."""
-        table = "20,000 empty orders, one process, concurrency 64: orders/s"
         more = ("MB", "µs of CPU an order", "s to the first order")
-        rivals = [QUEUE, QUEUE_ASYNCIO, "nats-py", "taskiq-nats", "FastStream"]
+        rivals = [QUEUE, QUEUE_ASYNCIO, *(["natsio"] if NATSIO else []), "nats-py", "taskiq-nats", "FastStream"]
         for _ in range(self.rounds):
             for who in rivals:
                 async with self.queue() as (server, nc):
                     await fill_for(who, server, nc, 20_000)
-                    self.note_drain(table, who, "orders/s", await drain(nc, server.url, who, 20_000, 64, EMPTY), *more)
+                    found = await drain(nc, server.url, who, 20_000, 64, EMPTY)
+                    self.note_drain(EMPTY_ORDERS, who, "orders/s", found, *more)
             for ack in ("--no-doubleack", "--doubleack"):
                 async with self.queue() as (server, nc):
                     await fill(nc, 20_000)
                     rate = await bench(server, nc, "consume", "--msgs=20000", ack)
-                    self.note(table, f"nats bench js consume {ack}", "orders/s", rate)
+                    self.note(EMPTY_ORDERS, f"nats bench js consume {ack}", "orders/s", rate)
 
     async def ten_ms(self) -> None:
         """Orders of 10 ms at several concurrencies."""
-        table = "orders of 10 ms, one process: orders/s"
         for _ in range(self.rounds):
-            for concurrency, count in ((1, 500), (16, 2000), (128, 2000)):
+            for concurrency, count in ((1, 500), (16, 4000), (128, 20_000)):
                 for who in [QUEUE, QUEUE_ASYNCIO, "taskiq-nats"]:
                     async with self.queue() as (server, nc):
                         await fill_for(who, server, nc, count)
                         found = await drain(nc, server.url, who, count, concurrency, TEN_MS)
-                        self.note_drain(table, who, f"concurrency {concurrency}", found)
+                        self.note_drain(TEN_MS_ORDERS, who, f"concurrency {concurrency}", found)
             async with self.queue() as (server, nc):
                 await fill(nc, 500)
                 rate = await bench(server, nc, "consume", "--msgs=500", "--sleep=10ms", "--doubleack")
-                self.note(table, "nats bench js consume", "concurrency 1", rate)
-            began = time.perf_counter()
-            await asyncio.to_thread(subprocess.run, [sys.executable, "-c", SLEEPS], check=True)
-            self.note(
-                table,
-                "300 sleeps of 10 ms, without a queue",
-                "concurrency 1",
-                300 / (time.perf_counter() - began - self.python),
-            )
+                self.note(TEN_MS_ORDERS, "nats bench js consume", "concurrency 1", rate)
+            sleeps = await asyncio.to_thread(subprocess.check_output, [sys.executable, "-c", SLEEPS])
+            for concurrency in (1, 16, 128):
+                row = "the limit: sleeps of 10 ms, without a queue"
+                self.note(TEN_MS_ORDERS, row, f"concurrency {concurrency}", concurrency * float(sleeps))
 
     async def processes(self) -> None:
         """One, two and four processes."""
@@ -282,31 +287,34 @@ class Benchmark:
                     self.note_drain(table, QUEUE, f"processes: {count}", found)
 
     async def publishing(self) -> None:
-        """20,000 orders to publish."""
-        table = "publishing 20,000 orders: orders/s"
-        ours = [*PUBLISHER, "--count", "20000", "--interval"]
+        """60,000 orders to publish."""
+        count = 60_000
+        ours = [*PUBLISHER, "--count", str(count), "--interval"]
         ways = {
             f"{QUEUE}, pipelined": script(*ours, "0"),
             f"{QUEUE_ASYNCIO}, pipelined": script(*ours, "0", uvloop=False),
-            f"{QUEUE}, one by one": script(*ours, "0.000001"),
+            f"{QUEUE}, one by one": script(*PUBLISHER, "--count", "10000", "--interval", "0.000001"),
         }
+        if NATSIO:
+            ways["natsio's publish_async"] = [NATSIO, str(HERE / "natsio_rival.py"), "publish", str(count)]
         for _ in range(self.rounds):
             for who, command in ways.items():
+                wanted = 10_000 if "one by one" in who else count
                 async with self.queue() as (server, nc):
                     first = last = 0.0
                     stored = 0
                     async with running(command, server.url):
-                        while stored < 20_000:
-                            await asyncio.sleep(0.005)
+                        while stored < wanted:
+                            await asyncio.sleep(0.02)
                             stored = (await nc.jetstream().stream_info("orders_stream")).state.messages
                             last = time.perf_counter()
                             if stored and not first:
                                 first, at_first = last, stored
-                    self.note(table, who, "orders/s", (stored - at_first) / (last - first))
+                    self.note(PUBLISHED, who, "orders/s", (stored - at_first) / (last - first))
             for how in ("sync", "async"):
                 async with self.queue() as (server, nc):
-                    rate = await bench(server, nc, "pub", how, "--msgs=20000")
-                    self.note(table, f"nats bench js pub {how}", "orders/s", rate)
+                    rate = await bench(server, nc, "pub", how, f"--msgs={count if how == 'async' else count // 3}")
+                    self.note(PUBLISHED, f"nats bench js pub {how}", "orders/s", rate)
 
     async def latency(self) -> None:
         """From publish to received."""
@@ -376,82 +384,108 @@ class Benchmark:
 
     async def round_trips(self) -> None:
         """Through a proxy that is slow."""
-        table = "orders of 10 ms, concurrency 1, through a slow network: orders/s"
         for _ in range(self.rounds):
-            for milliseconds in (0, 20, 100):
-                async with self.queue() as (server, nc), proxied(server.port) as proxy:
-                    proxy.delay = milliseconds / 2000
-                    await fill(nc, 1000)
-                    found = await drain(nc, proxy.url if milliseconds else server.url, QUEUE, 1000, 1, TEN_MS)
-                    self.note_drain(table, QUEUE, f"{milliseconds} ms of round trip", found)
+            for milliseconds in (20, 100):
+                for concurrency in (1, 16, 128, 200):
+                    async with self.queue() as (server, nc), proxied(server.port) as proxy:
+                        proxy.delay = milliseconds / 2000
+                        await fill(nc, 50 * concurrency)
+                        found = await drain(nc, proxy.url, QUEUE, 50 * concurrency, concurrency, HUNDRED_MS)
+                        found.rate *= HUNDRED_MS / concurrency
+                        self.note_drain(FAR, f"concurrency {concurrency}", f"{milliseconds} ms of round trip", found)
 
     async def replicas(self) -> None:
         """On three replicas."""
-        table = "three replicas, all on this machine, one process: orders/s"
         for _ in range(self.rounds):
-            with tempfile.TemporaryDirectory() as directory:
-                async with clustered(Path(directory)) as (cluster, nc):
-                    for what, count, concurrency, work_time in (
-                        ("empty, concurrency 64", 5000, 64, EMPTY),
-                        ("10 ms, concurrency 1", 300, 1, TEN_MS),
-                    ):
-                        await fill(nc, count)
-                        found = await drain(nc, cluster.url, QUEUE, count, concurrency, work_time)
-                        self.note_drain(table, QUEUE, what, found)
+            for who in (QUEUE, "nats-py"):
+                with tempfile.TemporaryDirectory() as directory:
+                    async with clustered(Path(directory)) as (cluster, nc):
+                        await fill(nc, 10_000)
+                        found = await drain(nc, cluster.url, who, 10_000, 64, EMPTY)
+                        self.note_drain(REPLICATED, who, "empty, concurrency 64", found)
+                        if who == QUEUE:
+                            await fill(nc, 300)
+                            found = await drain(nc, cluster.url, who, 300, 1, TEN_MS)
+                            self.note_drain(REPLICATED, who, "10 ms, concurrency 1", found)
 
-    @property
-    def python(self) -> float:
-        """Seconds that Python takes to start."""
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-c", "import asyncio"], check=True)
-        return time.perf_counter() - began
+    async def idle(self) -> None:
+        """Ten processes that wait for orders."""
+        async with self.queue() as (server, nc):
+            command = script(*CONSUMER, *IDLE, "--concurrency", "100")
+            async with running(command, server.url, 10) as workers:
+                await asyncio.sleep(5)
+                before = used(workers)[1]
+                await asyncio.sleep(20)
+                self.note(IDLE_PROCESSES, QUEUE, "% of a core each", (used(workers)[1] - before) / 20 / 10 * 100)
+                info = await request(nc, "CONSUMER.INFO.orders_stream.processor")
+                self.note(IDLE_PROCESSES, QUEUE, "pull requests at the server, of 512", info["num_waiting"])
 
 
-SLEEPS = "import asyncio\nasync def main():\n  for _ in range(300): await asyncio.sleep(0.01)\nasyncio.run(main())"
+SLEEPS = """
+import asyncio, time
+async def measure():
+    began = time.perf_counter()
+    for _ in range(300): await asyncio.sleep(0.01)
+    print(300 / (time.perf_counter() - began))
+asyncio.run(measure())
+"""
 
 
 def ratios(found: Benchmark) -> list[tuple[str, float, str]]:
     """Return what must hold: what, the figure, and what it is to be."""
-    drained = "20,000 empty orders, one process, concurrency 64: orders/s"
-    ten_ms = "orders of 10 ms, one process: orders/s"
-    published = "publishing 20,000 orders: orders/s"
-    far = "orders of 10 ms, concurrency 1, through a slow network: orders/s"
-    many = "orders of 10 ms, concurrency 1: orders/s"
+    limit = "the limit: sleeps of 10 ms, without a queue"
     grown = "waiting orders, empty, concurrency 64"
+    many = "orders of 10 ms, concurrency 1: orders/s"
+    pipelined, bench_row = f"{QUEUE}, pipelined", "nats bench js pub {}"
 
-    def ratio(table: str, row: str, other: str, column: str) -> float:
+    def ratio(table: str, row: str, other: str, column: str = "orders/s") -> float:
         return found.figure(table, row, column) / found.figure(table, other, column)
 
-    go = found.figure(ten_ms, "nats bench js consume", "concurrency 1")
-    sleeps = found.figure(ten_ms, "300 sleeps of 10 ms, without a queue", "concurrency 1")
-    return [
-        ("empty orders, against taskiq-nats", ratio(drained, QUEUE, "taskiq-nats", "orders/s"), "3.0"),
-        ("empty orders, against nats-py by itself", ratio(drained, QUEUE, "nats-py", "orders/s"), "1.5"),
-        ("10 ms, concurrency 128, against taskiq-nats", ratio(ten_ms, QUEUE, "taskiq-nats", "concurrency 128"), "2.0"),
+    figures = [
+        ("empty orders, against nats-py by itself", ratio(EMPTY_ORDERS, QUEUE, "nats-py"), "1.9"),
+        ("empty orders, against taskiq-nats", ratio(EMPTY_ORDERS, QUEUE, "taskiq-nats"), "3.0"),
         (
-            "10 ms, concurrency 1, against `nats bench js consume` with the same wait, or 1/(10 ms)",
-            found.figure(ten_ms, QUEUE, "concurrency 1") / min(go, 100),
-            "0.95",
+            "empty orders on three replicas, against nats-py by itself",
+            ratio(REPLICATED, QUEUE, "nats-py", "empty, concurrency 64"),
+            "1.6",
         ),
-        (
-            "publishing pipelined, against `nats bench js pub sync`",
-            ratio(published, f"{QUEUE}, pipelined", "nats bench js pub sync", "orders/s"),
-            "4.0",
+        *(
+            (f"10 ms, concurrency {c}, of the limit", ratio(TEN_MS_ORDERS, QUEUE, limit, f"concurrency {c}"), wanted)
+            for c, wanted in ((1, "0.97"), (16, "0.97"), (128, "0.92"))
+        ),
+        *(
+            (
+                f"100 ms, concurrency {c}, through 100 ms of round trip, of the limit",
+                found.figure(FAR, f"concurrency {c}", "100 ms of round trip"),
+                "0.9",
+            )
+            for c in (1, 16, 128, 200)
+        ),
+        *(
+            (
+                f"publishing, against `nats bench js pub {how}`",
+                ratio(PUBLISHED, pipelined, bench_row.format(how)),
+                wanted,
+            )
+            for how, wanted in (("sync", "4.0"), ("async", "0.28"))
         ),
         (
             "four processes against one",
             found.figure(many, QUEUE, "processes: 4") / found.figure(many, QUEUE, "processes: 1"),
             "3.9",
         ),
-        ("rate at 1,000,000 waiting against 1,000", ratio(grown, "1,000,000", "1,000", "orders/s"), "0.9"),
-        ("peak memory at 1,000,000 waiting, MB", found.figure(grown, "1,000,000", "MB"), "at most 40"),
         (
-            "through 100 ms of round trip, of what the work alone allows",
-            found.figure(far, QUEUE, "100 ms of round trip") / sleeps,
+            "rate at 1,000,000 waiting against 1,000",
+            found.figure(grown, "1,000,000", "orders/s") / found.figure(grown, "1,000", "orders/s"),
             "0.9",
         ),
+        ("peak memory at 1,000,000 waiting, MB", found.figure(grown, "1,000,000", "MB"), "at most 35"),
+        ("CPU of an idle process, % of a core", found.figure(IDLE_PROCESSES, QUEUE, "% of a core each"), "below 1"),
         ("orders of this queue delivered twice, in all of it", found.twice, "0"),
     ]
+    if NATSIO:
+        figures.insert(1, ("empty orders, against natsio", ratio(EMPTY_ORDERS, QUEUE, "natsio"), "1.3"))
+    return figures
 
 
 def number(value: float) -> str:
@@ -490,13 +524,18 @@ def report(found: Benchmark, minutes: float) -> str:
 
 
 def chart(found: Benchmark, file: Path) -> None:
-    """Draw the tables whose figures are orders a second."""
+    """Draw what does the same: acks confirmed or ids given, and a log line an order."""
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "benchmark", "font.family": "sans-serif"})
-    tables = ["20,000 empty orders, one process, concurrency 64: orders/s", "publishing 20,000 orders: orders/s"]
-    figure, plots = plt.subplots(len(tables), figsize=(9, 6), layout="constrained")
-    for plot, table in zip(plots, tables, strict=True):
-        rows = list(reversed(found.tables[table]))
-        rates = [found.figure(table, row, "orders/s") for row in rows]
+    drawn = {
+        EMPTY_ORDERS: (QUEUE, QUEUE_ASYNCIO, "natsio", "nats-py"),
+        REPLICATED: (QUEUE, "nats-py"),
+        PUBLISHED: (f"{QUEUE}, pipelined", f"{QUEUE_ASYNCIO}, pipelined", "natsio's publish_async"),
+    }
+    figure, plots = plt.subplots(len(drawn), figsize=(9, 6.5), layout="constrained", height_ratios=[4, 2, 3])
+    for plot, (table, wanted) in zip(plots, drawn.items(), strict=True):
+        rows = [row for row in reversed(wanted) if row in found.tables[table]]
+        column = "empty, concurrency 64" if table == REPLICATED else "orders/s"
+        rates = [found.figure(table, row, column) for row in rows]
         colors = ["#27aae1" if row.startswith("this queue") else "#b0b7bf" for row in rows]
         plot.bar_label(plot.barh(rows, rates, color=colors), fmt="{:,.0f}", padding=3)
         plot.set_title(table, loc="left", fontsize=11)
@@ -511,6 +550,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("sections", nargs="*", default=SECTIONS, help="nothing is written unless all of them are run")
     options = parser.parse_args()
+    if not NATSIO:
+        print("natsio is left out: it needs Python 3.13 or later", flush=True)
     benchmark = Benchmark(options.rounds)
     began = time.monotonic()
 

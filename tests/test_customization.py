@@ -223,9 +223,9 @@ async def test_the_services_run_and_have_the_time_to_stop(server: Server, nc: Cl
     for seconds in re.findall(r"(?:TimeoutStopSec=|terminationGracePeriodSeconds: )(\d+)", README):
         assert float(seconds) >= longest + max(SHUTDOWN_CONFIRM_TIME, PULL_EXPIRES) + CLOSE_TIMEOUT
     await publish(nc, b"order-0")
-    consumer = with_body(script, "process", "log.info('at work')\n    await asyncio.sleep(4)", tmp_path)
+    consumer = with_body(script, "process", "log.info('began')\n    await asyncio.sleep(4)", tmp_path)
     async with server.script(consumer, *arguments) as running:
-        await running.line("at work")
+        await running.line("began")
         assert await running.stop() == 0
     assert running.messages[-1] == "stopped: 1 orders processed, 0 deliveries failed"
 

@@ -1,4 +1,4 @@
-"""A crew of consumers and DLQ processors that are killed and started again, and the account of their orders."""
+"""Consumers and DLQ processors that are killed and started again, and the account of their orders."""
 
 import asyncio
 import random
@@ -11,12 +11,12 @@ from nats.aio.client import Client
 
 from tests.harness import CONSUMER, DLQ, Script, Server, emptied
 
-AT_WORK = 8  # what a killed process may have been working on, and as many whose acks may not have been sent
+AT_WORK = 8  # what a killed process may have been group on, and as many whose acks may not have been sent
 BEGUN = r"(?:received|reprocessing order) (order-\d+)"
 STREAMS = ("orders_stream", "orders_unprocessed")
 
 
-class Crew:
+class ProcessGroup:
     """The processes that are there now, and those that were."""
 
     def __init__(self, server: Server, url: str = "") -> None:
@@ -47,15 +47,15 @@ class Crew:
                 if script in self._killed:
                     self.exposed |= set(begun(script)[-AT_WORK:])
 
-    def kill(self, chance: random.Random) -> None:
-        """Kill one of the processes that have work; what it was working on may be done once more."""
-        script = chance.choice([script for script in self.running if begun(script)] or self.running)
+    def kill(self, rng: random.Random) -> None:
+        """Kill one of the processes that have work; what it was group on may be done once more."""
+        script = rng.choice([script for script in self.running if begun(script)] or self.running)
         self.running.remove(script)
         self._killed.append(script)
         script.process.kill()
 
     def expose(self, seconds: float = 0) -> None:
-        """Note that what is at work, or was begun within the last seconds, may be done once more."""
+        """Note that what is in flight, or was begun within the last seconds, may be done once more."""
         since = asyncio.get_running_loop().time() - seconds
         for script in self.running:
             self.exposed |= {*begun(script)[-AT_WORK:], *begun(script, since)}
@@ -104,24 +104,24 @@ def begun(script: Script, since: float = 0) -> list[str]:
 
 
 @asynccontextmanager
-async def crew(
+async def process_group(
     server: Server, consumers: int, *options: str, dlq: tuple[str, ...] = DLQ, url: str = ""
-) -> AsyncIterator[Crew]:
+) -> AsyncIterator[ProcessGroup]:
     """Run consumers with these options, and a DLQ processor."""
-    working = Crew(server, url)
+    group = ProcessGroup(server, url)
     try:
         for _ in range(consumers):
-            await working.start(*CONSUMER, *options)
-        await working.start(*dlq)
-        yield working
+            await group.start(*CONSUMER, *options)
+        await group.start(*dlq)
+        yield group
     finally:
-        for keeper in working._keepers:
+        for keeper in group._keepers:
             keeper.cancel()
-        await asyncio.gather(*working._keepers, return_exceptions=True)
+        await asyncio.gather(*group._keepers, return_exceptions=True)
 
 
-async def settled(nc: Client, working: Crew, published: Iterable[str], may_repeat: Iterable[str] = ()) -> str:
-    """Wait until both streams are empty, stop the crew, and return the account."""
+async def settled(nc: Client, group: ProcessGroup, published: Iterable[str], may_repeat: Iterable[str] = ()) -> str:
+    """Wait until both streams are empty, stop the processes, and return the account."""
     await emptied(nc, *STREAMS)
-    assert set(await working.stop()) == {0}
-    return working.account(published, may_repeat)
+    assert set(await group.stop()) == {0}
+    return group.account(published, may_repeat)

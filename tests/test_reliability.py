@@ -180,7 +180,7 @@ async def test_an_order_that_takes_longer_than_the_ack_wait_is_done_once(server:
     assert (await durable_info(nc, "orders_stream", "processor"))["delivered"]["consumer_seq"] == 2
 
 
-async def held(nc: Client) -> int:
+async def in_flight(nc: Client) -> int:
     found: int = (await durable_info(nc, "orders_stream", "processor"))["num_ack_pending"]
     return found
 
@@ -192,10 +192,10 @@ async def test_a_far_server_has_more_orders_sent_ahead_and_none_twice(server: Se
         async with server.script(*CONSUMER, *NO_FAILURES, NATS_URL=proxy.url) as consumer:
 
             async def is_busy() -> bool:
-                return await held(nc) >= 9  # ten of 10 ms in 100 ms
+                return await in_flight(nc) >= 9  # ten of 10 ms in 100 ms
 
             await until(is_busy)
-            assert await held(nc) <= 41  # so that none waits longer than 0.4 s
+            assert await in_flight(nc) <= 41  # so that none waits longer than 0.4 s
             assert await consumer.stop() == 0
             received = len(consumer.found("received .*"))
     info = await durable_info(nc, "orders_stream", "processor")
@@ -210,10 +210,10 @@ async def test_orders_that_were_sent_ahead_are_done_once_when_the_connection_is_
         proxy.delay = 0.05
         async with server.script(*CONSUMER, *NO_FAILURES, NATS_URL=proxy.url) as consumer:
             await consumer.line("received .*", 150)
-            assert await held(nc) > 2
+            assert await in_flight(nc) > 2
             proxy.cut()
             await consumer.line("connection lost; reconnecting")
-            proxy.mend()
+            proxy.restore()
             await emptied(nc, "orders_stream")
             assert await consumer.stop() == 0
             assert Counter(consumer.found("received (.*) from .*")) == Counter(f"order-{i}" for i in range(500))
@@ -230,11 +230,11 @@ async def test_a_far_server_has_one_order_sent_ahead_when_work_is_long(
         proxy.delay = 0.05
         async with server.script(script, *CONSUMER[1:], NATS_URL=proxy.url) as consumer:
             await consumer.line("done", 100)
-            assert await held(nc) > 2
+            assert await in_flight(nc) > 2
             await consumer.line("done", 220)  # those that were sent ahead are done
-            assert await held(nc) <= 3
+            assert await in_flight(nc) <= 3
             await consumer.line("done", 225)
-            assert await held(nc) <= 3
+            assert await in_flight(nc) <= 3
 
 
 # 4. The publisher is honest, and stores nothing twice.
@@ -242,7 +242,7 @@ async def test_a_far_server_has_one_order_sent_ahead_when_work_is_long(
 
 async def test_a_publish_whose_ack_is_lost_is_stored_once(server: Server, nc: Client) -> None:
     async with proxied(server.port) as proxy:
-        proxy.swallow_first(b'"seq":')
+        proxy.cut_instead_of(b'"seq":')
         publisher = await server.run(*PUBLISHER, "--count", "2", "--interval", "0.001", NATS_URL=proxy.url)
     assert publisher.process.returncode == 0
     assert publisher.messages == [
@@ -281,7 +281,7 @@ async def test_a_stream_that_is_away_for_a_while_is_waited_for(server: Server, n
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-async def test_a_stop_under_load_finishes_what_is_held(server: Server, nc: Client, signum: int) -> None:
+async def test_a_stop_under_load_finishes_what_is_in_flight(server: Server, nc: Client, signum: int) -> None:
     await publish(nc, *(b"order-%d" % i for i in range(2000)))
     consumer = (*CONSUMER, *NO_FAILURES, "--work-time", "0.02", "--concurrency", "20")
     async with server.script(*consumer) as running:
@@ -350,7 +350,7 @@ async def test_a_lost_connection_is_waited_out(server: Server, nc: Client) -> No
 
         await until(is_noticed)  # before that, the server would send the order there
         await publish(nc, b"order-1")
-        proxy.mend()
+        proxy.restore()
         await consumer.line("connected again")
         await consumer.line("received order-1 .*")
         await emptied(nc, "orders_stream")
@@ -384,7 +384,7 @@ async def test_work_that_ends_without_a_connection_is_acknowledged_after_it(
         await running.line("done")
         await asyncio.sleep(1)  # it waits to acknowledge by then
         await nc.subscribe("$JS.>", cb=see)
-        proxy.mend()
+        proxy.restore()
         async with asyncio.timeout(PATIENCE):
             await has_asked.wait()
         await emptied(nc, "orders_stream")
@@ -394,7 +394,7 @@ async def test_work_that_ends_without_a_connection_is_acknowledged_after_it(
 
 
 @pytest.mark.parametrize("failures", [0, 1])
-async def test_an_order_that_comes_again_while_it_is_at_work_waits_for_what_becomes_of_it(
+async def test_an_order_that_is_redelivered_while_it_is_in_flight_waits_for_its_first_attempt(
     server: Server, nc: Client, tmp_path: Path, failures: int
 ) -> None:
     """A laptop sleeps for longer than the ack wait, say."""
@@ -430,7 +430,7 @@ async def test_an_order_that_comes_again_while_it_is_at_work_waits_for_what_beco
 async def test_an_ack_that_was_lost_is_sent_again(server: Server, nc: Client) -> None:
     async with proxied(server.port) as proxy, server.script(*CONSUMER, *NO_FAILURES, NATS_URL=proxy.url) as consumer:
         await durable_info(nc, "orders_stream", "processor")
-        proxy.swallow_first(b"+ACK")
+        proxy.cut_instead_of(b"+ACK")
         await publish(nc, b"order-0")
         await consumer.line("connection lost; reconnecting")
         await emptied(nc, "orders_stream")
@@ -452,25 +452,23 @@ async def test_a_durable_that_was_deleted_is_created_again(server: Server, nc: C
         assert len(consumer.lines) == 3
 
 
-async def test_a_durable_that_is_deleted_while_all_slots_hold_orders_is_created_again(
-    server: Server, nc: Client
-) -> None:
+async def test_a_durable_that_is_deleted_while_a_consumer_is_busy_is_created_again(server: Server, nc: Client) -> None:
     await publish(nc, b"order-0", b"order-1")
     async with server.script(*CONSUMER, *NO_FAILURES, "--work-time", "1") as consumer:
         await consumer.line("received order-0 .*")
-        await until(lambda: is_held(nc, 2))
+        await until(lambda: has_in_flight(nc, 2))
         await request(nc, "CONSUMER.DELETE.orders_stream.processor")
         await emptied(nc, "orders_stream")
         assert await consumer.stop() == 0
 
 
-async def is_held(nc: Client, count: int) -> bool:
-    held: int = (await durable_info(nc, "orders_stream", "processor"))["num_ack_pending"]
-    return held == count
+async def has_in_flight(nc: Client, count: int) -> bool:
+    in_flight: int = (await durable_info(nc, "orders_stream", "processor"))["num_ack_pending"]
+    return in_flight == count
 
 
 async def test_a_new_leader_gets_all_acks_before_it_is_asked_for_more(tmp_path: Path) -> None:
-    """The leader changes while a consumer is at work and asks for nothing, and again before it asks for more."""
+    """The leader changes while a busy consumer asks for nothing, and again before it asks for more."""
     go = tmp_path / "go"
     body = f"""from pathlib import Path
     while not Path({str(go)!r}).exists():
@@ -498,7 +496,7 @@ async def test_a_new_leader_gets_all_acks_before_it_is_asked_for_more(tmp_path: 
     async with clustered(tmp_path) as (cluster, nc):
         await publish(nc, b"order-0", b"order-1")
         async with cluster.script(script, *CONSUMER[1:]):
-            await until(lambda: is_held(nc, 2))
+            await until(lambda: has_in_flight(nc, 2))
             for subject in (f"$JS.API.CONSUMER.MSG.NEXT.{durable}", f"$JS.ACK.{durable}.>"):
                 await nc.subscribe(subject, cb=see)
             old = await leader()
@@ -524,7 +522,7 @@ async def test_an_order_of_a_stream_that_was_deleted_acknowledges_nothing_in_its
     script = with_body("consumer/consumer.py", "process", body, tmp_path)
     await publish(nc, b"old")
     async with server.script(script, *CONSUMER[1:], "--concurrency", "2") as consumer:
-        await until(lambda: is_held(nc, 1))
+        await until(lambda: has_in_flight(nc, 1))
         await request(nc, "STREAM.DELETE.orders_stream")
         await consumer.line("orders_stream: .*; trying again")
         await server.create_streams()
@@ -535,7 +533,7 @@ async def test_an_order_of_a_stream_that_was_deleted_acknowledges_nothing_in_its
         await emptied(nc, "orders_stream")
 
 
-async def test_the_same_holds_while_a_consumer_has_no_hand_free(server: Server, nc: Client, tmp_path: Path) -> None:
+async def test_the_same_holds_while_a_consumer_is_busy(server: Server, nc: Client, tmp_path: Path) -> None:
     body = """if order.data.startswith(b"old"):
         await asyncio.sleep(4)
     elif order.metadata.num_delivered == 1:
@@ -544,7 +542,7 @@ async def test_the_same_holds_while_a_consumer_has_no_hand_free(server: Server, 
     script = with_body("consumer/consumer.py", "process", body, tmp_path)
     await publish(nc, b"old-0", b"old-1")
     async with server.script(script, *CONSUMER[1:]) as saturated:
-        await until(lambda: is_held(nc, 2))
+        await until(lambda: has_in_flight(nc, 2))
         await request(nc, "STREAM.DELETE.orders_stream")
         await server.create_streams()
         async with server.script(script, *CONSUMER[1:]) as other:
@@ -592,7 +590,7 @@ async def test_unsent_bytes_on_a_dead_connection_do_not_hold_up_the_reconnect(
 @pytest.mark.parametrize("lost", [b"STREAM.INFO.orders_stream", b".STREAM.NAMES", b"CONSUMER.CREATE."])
 async def test_a_connection_that_is_lost_at_the_start_is_waited_out(server: Server, nc: Client, lost: bytes) -> None:
     async with proxied(server.port) as proxy:
-        proxy.swallow_first(lost)
+        proxy.cut_instead_of(lost)
         async with server.script(*CONSUMER, *NO_FAILURES, NATS_URL=proxy.url) as consumer:
             await consumer.line("connected again")
             await publish(nc, b"order-0")
