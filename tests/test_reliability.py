@@ -310,6 +310,25 @@ async def test_orders_that_come_while_a_stop_waits_are_finished_too(server: Serv
     assert (info["num_ack_pending"], info["delivered"]["consumer_seq"]) == (0, received)
 
 
+async def test_orders_in_transit_at_a_shutdown_lose_no_attempt(server: Server, nc: Client) -> None:
+    async def publish_slowly() -> None:
+        for i in range(300):
+            await publish(nc, b"order-%d" % i)
+            await asyncio.sleep(0.01)
+
+    async with proxied(server.port) as proxy:
+        proxy.delay = 0.1  # seconds, each way
+        options = (*NO_FAILURES, "--work-time", "0", "--concurrency", "20")
+        async with server.script(*CONSUMER, *options, NATS_URL=proxy.url) as consumer:
+            publishing = asyncio.create_task(publish_slowly())
+            await consumer.line("received .*", 30)
+            assert await consumer.stop() == 0
+            await publishing
+    info = await durable_info(nc, "orders_stream", "processor")
+    received = len(consumer.found("received .*"))
+    assert (info["num_ack_pending"], info["delivered"]["consumer_seq"]) == (0, received)
+
+
 async def test_a_second_signal_ends_it_at_once(server: Server, nc: Client) -> None:
     await publish(nc, b"order-0")
     async with server.script(*CONSUMER, *NO_FAILURES, "--work-time", "600") as consumer:
