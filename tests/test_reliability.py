@@ -312,7 +312,7 @@ async def test_orders_that_come_while_a_stop_waits_are_finished_too(server: Serv
 
 async def test_an_order_in_transit_at_a_shutdown_loses_no_attempt(server: Server, nc: Client) -> None:
     async with proxied(server.port) as proxy:
-        proxy.delay = 0.5  # seconds, each way
+        proxy.delay = 0.3  # seconds, each way
         async with server.script(*CONSUMER, *NO_FAILURES, NATS_URL=proxy.url) as consumer:
             await until(lambda: is_waiting(nc))
             await publish(nc, b"order-0")
