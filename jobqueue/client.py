@@ -1,8 +1,7 @@
-"""nats-py's client, with its faults worked around; each method names the one that it is for (seen in nats-py 2.16)."""
+"""nats-py's client with workarounds; each docstring names the fault (seen in nats-py 2.16)."""
 
 import asyncio
 from contextlib import suppress
-from datetime import UTC, datetime
 from typing import Any
 
 from nats.aio.client import Client as NatsClient
@@ -15,33 +14,10 @@ from jobqueue.environment import Credentials
 from jobqueue.errors import Failure
 
 
-class Message(Msg):
-    """A message whose metadata costs a third of nats-py's, a tenth of what a short order costs."""
-
-    @property
-    def metadata(self) -> Msg.Metadata:
-        """What its ack subject says of it."""
-        if self._metadata is None:
-            *names, deliveries, stream, consumer, time, pending = self._get_metadata_fields(self.reply)[:11]
-            sequence = object.__new__(Msg.Metadata.SequencePair)
-            sequence.__dict__.update(stream=int(stream), consumer=int(consumer))
-            self._metadata = object.__new__(Msg.Metadata)
-            self._metadata.__dict__.update(
-                sequence=sequence,
-                num_pending=int(pending),
-                num_delivered=int(deliveries),
-                timestamp=datetime.fromtimestamp(int(time) / 1e9, UTC),
-                stream=names[-2],
-                consumer=names[-1],
-                domain=names[2].replace("_", "", names[2] == "_") if len(names) > 4 else None,
-            )
-        return self._metadata
-
-
 class Client(NatsClient):
     """A connection to NATS; `connect` makes one."""
 
-    forbidden = ""  # the first subject that the server has not permitted, in its words
+    forbidden = ""  # the server's first permission error
 
     def _connect_command(self) -> bytes:
         """Insist on TLS for a `tls://` URL, as nats.go does; nats-py would send the password in clear.
@@ -58,9 +34,9 @@ class Client(NatsClient):
         return command
 
     async def request(self, *args: Any, **kwargs: Any) -> Msg:
-        """Be cancelled where the server has refused a subject.
+        """Raise CancelledError after a permission error.
 
-        `asyncio.wait_for` of Python 3.11 forgets that when the answer comes at the same time
+        `asyncio.wait_for` of Python 3.11 loses a cancellation when the answer comes at the same time
         (https://github.com/python/cpython/issues/86296).
         """
         answer: Msg = await super().request(*args, **kwargs)
@@ -72,7 +48,14 @@ class Client(NatsClient):
         self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: dict[str, str] | None
     ) -> Msg:
         """Take any subject that the server takes; nats-py stops reading for good at one that isn't UTF-8."""
-        return Message(self, subject.decode(errors="backslashreplace"), reply.decode(), data, headers, _sid=sid)
+        return Msg(
+            self,
+            subject.decode(errors="backslashreplace"),
+            reply.decode(errors="backslashreplace"),
+            data,
+            headers,
+            _sid=sid,
+        )
 
     async def _process_headers(self, headers: bytes) -> dict[str, str] | None:
         """Take any headers that the server takes; nats-py stops reading for good at too short ones."""
@@ -85,7 +68,7 @@ class Client(NatsClient):
         return parsed
 
     async def _process_err(self, err_msg: str) -> None:
-        """Reconnect when the server ends the connection; nats-py closes it for good, when a user expires say."""
+        """Reconnect when the server ends the connection; nats-py closes it for good, for example when the user's JWT expires."""
         if PERMISSIONS_ERR in err_msg:
             await super()._process_err(err_msg)
             return

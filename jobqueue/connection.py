@@ -52,6 +52,8 @@ class _Events:
             self.refusal = why
             if self.is_open:
                 log.warning("the server refused the connection: %s", why)
+        elif self.is_open and not isinstance(error, Error | OSError | TimeoutError):
+            log.error("%s", why)  # a mistake of ours in a subscription's callback
         if self.is_connecting:
             self._failed_attempts += 1
             if self.refusal or self._failed_attempts >= len(self._servers):

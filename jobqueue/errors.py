@@ -35,6 +35,8 @@ def printable(data: bytes | str) -> str:
 
 def describe_error(error: BaseException) -> str:
     """Return in one printable line what an error says."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
     try:
         message = str(error).removeprefix("nats: ")
     except BaseException:  # a user's own exception may raise anything here

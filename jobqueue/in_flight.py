@@ -17,10 +17,10 @@ LEAVE = b""  # no ack at all: the message is redelivered after its back-off
 
 CONFIRM_TIMEOUT = 1.0  # seconds until an unconfirmed ack is sent again
 MAX_CONFIRM_TIME = 30.0  # seconds until an unconfirmed ack is given up
-FRESH = 0.5  # seconds for which a delivery, or a look at its stream, tells that it is still the same stream
+CHECK_VALID_FOR = 0.5  # seconds for which a delivery, or a check of the stream, proves that it wasn't replaced
 
 
-class InFlight:
+class Entry:
     """A message in flight."""
 
     __slots__ = (
@@ -33,7 +33,7 @@ class InFlight:
         self.sequence = sequence
         self.stored_at = stored_at  # nanoseconds; with the sequence it tells one message from another
         self.ack_subject = message.reply  # of the last delivery
-        self.epoch = epoch  # in which it was delivered or verified
+        self.epoch = epoch  # of the last delivery or verification
         self.delivered_at = now
         self.redelivery: Msg | None = None  # to be processed if the present attempt fails
         self.ack = LEAVE
@@ -42,10 +42,10 @@ class InFlight:
 
 
 class Registry:
-    """What this process has in flight, by stream sequence; sends the acks and heartbeats.
+    """All messages in flight of this process, by stream sequence; sends their acks and heartbeats.
 
     Nothing is sent on the ack subject of a message that may be another one by now: the server would ack that one.
-    A reconnect, or any other doubt, begins a new epoch, and a message of an earlier one must be verified first.
+    A reconnect, or any other doubt, begins a new epoch, and an entry of an earlier epoch must be verified first.
 
     `on_unsent_ack` is called when an ack has to wait for `resend_acks`, `on_confirmed` with the seconds that the
     server took to confirm one.
@@ -54,12 +54,12 @@ class Registry:
     def __init__(
         self, nc: Client, stream: str, on_unsent_ack: Callable[[], None], on_confirmed: Callable[[float], None]
     ) -> None:
-        self.looked_at = 0.0  # when the stream was last seen to be the same one
+        self.checked_at = 0.0  # when the stream was last seen to be the same one
         self._nc = nc
         self._stream = stream
         self._on_unsent_ack = on_unsent_ack
         self._on_confirmed = on_confirmed
-        self._messages: dict[int, InFlight] = {}
+        self._entries: dict[int, Entry] = {}
         self._inbox = nc.new_inbox()
         self._doubts = 0
         self._now = asyncio.get_running_loop().time
@@ -69,10 +69,10 @@ class Registry:
         await self._nc.subscribe(f"{self._inbox}.*", cb=self._confirm)
 
     def __len__(self) -> int:
-        return len(self._messages)
+        return len(self._entries)
 
-    def __contains__(self, one: InFlight) -> bool:
-        return self._messages.get(one.sequence) is one
+    def __contains__(self, entry: Entry) -> bool:
+        return self._entries.get(entry.sequence) is entry
 
     @property
     def epoch(self) -> int:
@@ -80,86 +80,96 @@ class Registry:
         return self._doubts + int(self._nc.stats["reconnects"])
 
     def begin_epoch(self) -> None:
-        """Doubt all messages in flight."""
+        """Require that every message in flight is verified."""
         self._doubts += 1
 
-    def unverified(self) -> list[InFlight]:
-        """Return the messages of earlier epochs."""
-        return [one for one in self._messages.values() if one.epoch != self.epoch]
+    def unverified(self) -> list[Entry]:
+        """Return the entries of earlier epochs."""
+        return [entry for entry in self._entries.values() if entry.epoch != self.epoch]
 
-    async def add(self, message: Msg) -> InFlight | None:
-        """Register a delivery, and return it unless its message is in flight already."""
+    def has_unfinished(self) -> bool:
+        """Return whether a message is still queued or being processed."""
+        return any(not entry.ack for entry in self._entries.values())
+
+    async def add(self, message: Msg) -> Entry | None:
+        """Register a delivery, and return its entry unless the message is in flight already."""
         sequence, stored_at = parse_ack_subject(message.reply)
-        now, known = self._now(), self._messages.get(sequence)
+        now, known = self._now(), self._entries.get(sequence)
         if known and known.stored_at == stored_at:
             known.ack_subject, known.epoch, known.delivered_at = message.reply, self.epoch, now
-            if known.ack:
-                await self._send_ack(known, now)
-            else:
+            if not known.ack:
                 known.redelivery = message
+            elif self._may_send(known):
+                await self._send_ack(known, now)
             return None
         if known:
             self.drop(known, "is another message now")
-        one = self._messages[sequence] = InFlight(message, sequence, stored_at, self.epoch, now)
-        return one
+        entry = self._entries[sequence] = Entry(message, sequence, stored_at, self.epoch, now)
+        return entry
 
-    async def finish(self, one: InFlight, ack: bytes) -> Msg | None:
-        """Ack a message; or leave it, and return the redelivery of it that is to be processed now."""
-        if one not in self:
-            return None
+    async def finish(self, entry: Entry, ack: bytes) -> bool:
+        """Ack a message, or leave it; return whether it has been redelivered and is to be processed again."""
+        if entry not in self:
+            return False
         if ack == LEAVE:
-            del self._messages[one.sequence]
-            return one.redelivery
+            if entry.redelivery:
+                entry.message, entry.redelivery = entry.redelivery, None
+                return True
+            self.remove(entry)
+            return False
         now = self._now()
-        one.ack, one.finished_at = ack, now
-        if now - max(one.delivered_at, self.looked_at) < FRESH and self._may_send(one):
-            await self._send_ack(one, now)
+        entry.ack, entry.finished_at = ack, now
+        if now - max(entry.delivered_at, self.checked_at) < CHECK_VALID_FOR and self._may_send(entry):
+            await self._send_ack(entry, now)
         else:
             self._on_unsent_ack()
-        return None
+        return False
 
-    def drop(self, one: InFlight, why: str = "") -> None:
-        """Send nothing more for a message; without a reason the server has its ack."""
-        del self._messages[one.sequence]
-        if why:
-            log.warning("stream sequence # %d in %s %s: not acked", one.sequence, self._stream, why)
+    def remove(self, entry: Entry) -> None:
+        """Send nothing more for a message."""
+        self._entries.pop(entry.sequence, None)
+
+    def drop(self, entry: Entry, why: str) -> None:
+        """Send nothing more for a message, and log why it isn't acked."""
+        self.remove(entry)
+        log.warning("stream sequence # %d in %s %s: not acked", entry.sequence, self._stream, why)
 
     def has_late_acks(self) -> bool:
         """Return whether an ack is unsent, or unconfirmed for too long."""
         late = self._now() - CONFIRM_TIMEOUT
-        return any(one.ack and one.sent_at < late for one in self._messages.values())
+        return any(entry.ack and entry.sent_at < late for entry in self._entries.values())
 
     async def resend_acks(self) -> None:
-        """Send the acks that are unsent or late. Their stream has just been looked at."""
+        """Send the acks that are unsent or late. Their stream has just been checked."""
         now = self._now()
-        for one in list(self._messages.values()):
-            if one.ack and now > one.finished_at + MAX_CONFIRM_TIME:
-                self.drop(one, "may be redelivered, since the server has not confirmed its ack")
-            elif one.ack and one.sent_at < now - CONFIRM_TIMEOUT and self._may_send(one):
-                await self._send_ack(one, now)
+        for entry in list(self._entries.values()):
+            if entry.ack and now > entry.finished_at + MAX_CONFIRM_TIME:
+                self.drop(entry, "may be redelivered, since the server has not confirmed its ack")
+            elif entry.ack and entry.sent_at < now - CONFIRM_TIMEOUT and self._may_send(entry):
+                await self._send_ack(entry, now)
 
     async def send_heartbeats(self) -> None:
-        """Let the ack wait of each message begin anew."""
-        for one in list(self._messages.values()):
-            if self._may_send(one):
-                await self._nc.publish(one.ack_subject, Msg.Ack.Progress)
+        """Let the ack wait of each message begin again."""
+        for entry in list(self._entries.values()):
+            if self._may_send(entry):
+                await self._nc.publish(entry.ack_subject, Msg.Ack.Progress)
 
-    def _may_send(self, one: InFlight) -> bool:
-        # Without a connection nats-py would keep it, and send it later.
-        return self._nc.is_connected and one.epoch == self.epoch
+    def _may_send(self, entry: Entry) -> bool:
+        # What is published without a connection nats-py sends after the reconnect.
+        return self._nc.is_connected and entry.epoch == self.epoch
 
-    async def _send_ack(self, one: InFlight, now: float) -> None:
-        one.sent_at = now
-        await self._nc.publish(one.ack_subject, one.ack, f"{self._inbox}.{one.sequence}-{one.stored_at}")
+    async def _send_ack(self, entry: Entry, now: float) -> None:
+        entry.sent_at = now
+        await self._nc.publish(entry.ack_subject, entry.ack, f"{self._inbox}.{entry.sequence}-{entry.stored_at}")
 
     async def _confirm(self, answer: Msg) -> None:
         sequence, _, stored_at = answer.subject.rpartition(".")[2].partition("-")
-        one = self._messages.get(int(sequence))
-        if not one or not one.ack or one.stored_at != int(stored_at):
+        entry = self._entries.get(int(sequence))
+        if not entry or not entry.ack or entry.stored_at != int(stored_at):
             return
         if answer.headers:  # 503: nobody listens, since the durable is gone or has no leader
             self._on_unsent_ack()
             return
-        self.drop(one)
-        if one.sent_at == one.finished_at:  # which one of several acks was confirmed nobody can tell
-            self._on_confirmed(self._now() - one.sent_at)
+        self.remove(entry)
+        if entry.sent_at == entry.finished_at:  # after a resend nobody knows which ack was confirmed
+            self._on_confirmed(self._now() - entry.sent_at)

@@ -80,7 +80,10 @@ async def _publish(nc: Client, subject: str, message: Message, *, is_sent: bool)
             raise ConnectionReconnectingError
         is_retry, is_sent = is_sent, True
         headers = {"Nats-Msg-Id": message.id}
-        ack = await nc.jetstream().publish(subject, message.payload, timeout=ACK_TIMEOUT, headers=headers)
+        try:
+            ack = await nc.jetstream().publish(subject, message.payload, timeout=ACK_TIMEOUT, headers=headers)
+        except (ValueError, TypeError):  # somebody else has answered
+            raise TimeoutError("no stream has answered") from None
         return Outcome.DUPLICATE if ack.duplicate and not is_retry else Outcome.STORED
 
     try:
@@ -170,8 +173,8 @@ class _Pipeline:
         try:
             ack = json.loads(answer.data.decode())
         except ValueError:  # 503: no stream takes the subject, or its leader is away
-            ack = {"error": None}
-        if "error" in ack:
+            ack = None
+        if not isinstance(ack, dict) or "seq" not in ack or "error" in ack:
             self._tasks.create_task(self._publish(message, is_sent=True))
             return
         outcome = Outcome.DUPLICATE if ack.get("duplicate") else Outcome.STORED

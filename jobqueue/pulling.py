@@ -3,7 +3,9 @@
 import asyncio
 import itertools
 import json
+import sys
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
@@ -21,8 +23,8 @@ OnEnd = Callable[[str], Awaitable[None]]
 class Prefetch:
     """How many messages to have beyond those that are being processed, so that processing never waits for the server.
 
-    By Little's law that is throughput times round trip. It is twice that, since half of it is gone before more is
-    asked for.
+    By Little's law, throughput times round trip would just do. It is twice that, since more is requested when half of
+    it is gone.
     """
 
     def __init__(self) -> None:
@@ -50,8 +52,8 @@ class Prefetch:
 class PullRequests:
     """The pull requests that the server has, and how many messages may still come for them (`requested`).
 
-    A delivery doesn't say which request it is for, so it counts for the oldest one, as the server serves them in that
-    order. A status does, by the last token of its subject, and ends that request; so each miscount ends with it.
+    A delivery doesn't say which request it is for, so it is counted for the oldest one. The server takes turns, so that
+    is a guess. A status names its request by the last token of its subject, and ends it, and any miscount with it.
 
     `on_delivery` is called with each message, `on_end` when the server ends a request: with a description of the
     failure, or "" when it has expired.
@@ -66,6 +68,7 @@ class PullRequests:
         self._inbox = nc.new_inbox()
         self._tokens = map(str, itertools.count())
         self._open: dict[str, tuple[int, float]] = {}  # messages to come, and until when; the oldest request first
+        self.set_limits({})
 
     async def start(self) -> None:
         """Subscribe to deliveries and statuses."""
@@ -73,19 +76,24 @@ class PullRequests:
 
     async def send(self, batch: int) -> None:
         """Ask for messages."""
-        token = next(self._tokens)
+        token, batch = next(self._tokens), min(batch, self._max_batch)
         answer_by = asyncio.get_running_loop().time() + PULL_EXPIRES + MAX_PULL_LATENESS
         self._open[token] = batch, answer_by
         self.requested += batch
-        request = {"batch": batch, "expires": int(PULL_EXPIRES * 1e9)}
+        request = {"batch": batch, "expires": self._expires}
         await self._nc.publish(self._subject, json.dumps(request).encode(), f"{self._inbox}.{token}")
 
-    def is_overdue(self, now: float) -> bool:
-        """Return whether the oldest request has neither been served nor expired: its answer is lost."""
-        return any(now > answer_by for _, answer_by in itertools.islice(self._open.values(), 1))
+    def set_limits(self, config: dict[str, Any]) -> None:
+        """Keep to what an operator has set for pull requests in the durable's configuration."""
+        self._max_batch = config.get("max_batch") or sys.maxsize
+        self._expires = min(int(PULL_EXPIRES * 1e9), config.get("max_expires") or sys.maxsize)  # nanoseconds
 
-    def abandon(self) -> None:
-        """Expect nothing more of all requests. What comes nevertheless is welcome."""
+    def is_overdue(self, now: float) -> bool:
+        """Return whether a request has neither been served nor expired: its answer is lost."""
+        return any(now > answer_by for _, answer_by in self._open.values())
+
+    def forget_all(self) -> None:
+        """Forget all open requests. Late deliveries are still processed."""
         self._open.clear()
         self.requested = 0
 

@@ -10,16 +10,16 @@ from nats.errors import Error
 from nats.js.api import ConsumerConfig
 
 from jobqueue.errors import describe_error
-from jobqueue.in_flight import InFlight, Registry
+from jobqueue.in_flight import Entry, Registry
 from jobqueue.pulling import PullRequests
 from jobqueue.retrying import MIN_RETRY_DELAY
 from jobqueue.streams import api_request, ensure_durable, find_stored_at
 
 log = logging.getLogger(__name__)
 
-MAX_RETRY_DELAY = 2.0  # seconds
-# Seconds without a pull request: longer than every process takes to send its acks again, so that the server has them
-# before it is asked for messages and redelivers those whose ack wait is over.
+MAX_RECOVERY_DELAY = 2.0  # seconds between two attempts
+# Seconds without a pull request, so that all processes have sent their acks again before the server is asked for
+# messages, and redelivers those whose ack wait is over.
 FAILOVER_GRACE = 3.0
 VERIFIED_AT_A_TIME = 32
 
@@ -42,7 +42,7 @@ class Recovery:
         self._reconnects = nc.stats["reconnects"]
         self._leader: str | None = None  # the durable's; None on a single server
         self._created: str | None = None  # when the stream was
-        self._allows_direct = False  # until the stream is looked at
+        self._allows_direct = False  # until the first check
         self._complaint = ""
 
     def may_pull(self) -> bool:
@@ -51,29 +51,29 @@ class Recovery:
         return self._is_stable and self._nc.is_connected
 
     def note_reconnect(self) -> None:
-        """Start after a reconnect, whoever notices it first."""
+        """Recover if there was a reconnect."""
         if self._reconnects != self._nc.stats["reconnects"]:
             self._reconnects = self._nc.stats["reconnects"]
-            self.start()
+            self.recover()
 
-    def start(self, reason: str = "") -> None:
-        """Recover from something that ends all pull requests; the reason is logged, if there is one."""
+    def recover(self, reason: str = "") -> None:
+        """Begin the recovery from something that ends all pull requests; log the reason, if there is one."""
         if reason and reason != self._complaint:
             self._complaint = reason
             log.warning("%s: %s; trying again", self._stream, reason)
         self._is_stable = False
         self._grace_ends = self._now() + FAILOVER_GRACE
         self._registry.begin_epoch()
-        self._pulls.abandon()
+        self._pulls.forget_all()
         self._needed.set()
 
-    def look(self) -> None:
-        """See whether stream and durable are still the same, and send open acks, before more is pulled."""
+    def check(self) -> None:
+        """Have stream and durable checked, and open acks sent, before the next pull request."""
         self._is_stable = False
         self._needed.set()
 
     async def run(self) -> None:
-        """Recover whenever that is needed, for ever."""
+        """Check and recover whenever that is needed, for ever."""
         while True:
             await self._needed.wait()
             await self._until_stable()
@@ -83,64 +83,68 @@ class Recovery:
                 log.info("%s is back", self._stream)
 
     async def _until_stable(self) -> None:
-        """Restore, and once more when the grace period is over: another leader may have been lost meanwhile."""
+        """Check, and once more when the grace period is over: another leader may have been lost meanwhile."""
         delay = MIN_RETRY_DELAY
         while True:
             self._needed.clear()
-            is_over = self._now() >= self._grace_ends
+            grace_over = self._now() >= self._grace_ends
             try:
-                await self._restore(is_over)
+                await self._check_once(grace_over)
             except (Error, TimeoutError) as error:
-                self.start(describe_error(error))
+                self.recover(describe_error(error))
                 await asyncio.sleep(delay)
-                delay = min(2 * delay, MAX_RETRY_DELAY)
+                delay = min(2 * delay, MAX_RECOVERY_DELAY)
                 continue
             if self._needed.is_set():
                 continue  # something has changed meanwhile, and open acks are not sent yet
-            if is_over:
+            if grace_over:
                 return
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._grace_ends - self._now()):
                     await self._needed.wait()
 
-    async def _restore(self, is_grace_over: bool) -> None:
+    async def _check_once(self, grace_over: bool) -> None:
         while not self._nc.is_connected:
             await asyncio.sleep(MIN_RETRY_DELAY)
         self.note_reconnect()
-        # What is in flight comes first: it must be kept alive while there is no leader.
+        # What is in flight comes first: it needs heartbeats even while there is no leader.
         if unverified := self._registry.unverified():
             for first in range(0, len(unverified), VERIFIED_AT_A_TIME):
                 batch = unverified[first : first + VERIFIED_AT_A_TIME]
-                await asyncio.gather(*(self._verify(one, is_grace_over) for one in batch))
+                await asyncio.gather(*(self._verify(entry, grace_over) for entry in batch))
             await self._registry.send_heartbeats()
-        looked_at = self._now()
-        durable = await ensure_durable(self._nc, self._stream, self._config)
-        stream = await api_request(self._nc, f"STREAM.INFO.{self._stream}")
+        checked_at = self._now()
+        durable, stream = await asyncio.gather(
+            ensure_durable(self._nc, self._stream, self._config), api_request(self._nc, f"STREAM.INFO.{self._stream}")
+        )
+        self._pulls.set_limits(durable["config"])
         self._note_changes(durable, stream)
-        self._registry.looked_at = looked_at
+        self._registry.checked_at = checked_at
         await self._registry.resend_acks()
 
     def _note_changes(self, durable: dict[str, Any], stream: dict[str, Any]) -> None:
-        """Start anew if the durable has another leader, or the stream may be another one.
+        """Recover if the durable has another leader, or the stream may be another one.
 
-        When a stream was created is a hint, no more: that changes too when it is restored, and doesn't when its store
-        is rolled back.
+        When a stream was created is only a hint: that changes too when it is restored, and doesn't when its store is
+        rolled back.
         """
         leader, created = (durable.get("cluster") or {}).get("leader"), stream["created"]
         if self._leader not in (leader, None) or self._created not in (created, None):
-            self.start()
+            self.recover()
         self._leader, self._created = leader, created
         self._allows_direct = bool(stream["config"].get("allow_direct"))
 
-    async def _verify(self, one: InFlight, is_grace_over: bool) -> None:
+    async def _verify(self, entry: Entry, grace_over: bool) -> None:
         """Read a message in flight back, and drop it if its sequence has another message now, or none."""
         epoch = self._registry.epoch
-        found = await find_stored_at(self._nc, self._stream, one.sequence, direct=self._allows_direct)
-        if one not in self._registry:
+        found = await find_stored_at(self._nc, self._stream, entry.sequence, direct=self._allows_direct)
+        if entry not in self._registry:
             return
-        if found == one.stored_at:
-            one.epoch, one.sent_at = epoch, 0.0
+        if found == entry.stored_at:
+            entry.epoch, entry.sent_at = max(epoch, entry.epoch), 0.0
         elif found:
-            self._registry.drop(one, "is another message now")
-        elif is_grace_over:  # before that, a replica may not have it yet
-            self._registry.drop(one, "" if one.ack else "is gone")
+            self._registry.drop(entry, "is another message now")
+        elif grace_over and entry.ack:
+            self._registry.remove(entry)  # the server has its ack
+        elif grace_over:  # before that, a replica may not have the message yet
+            self._registry.drop(entry, "is gone")

@@ -13,7 +13,7 @@ from nats.js.api import ConsumerConfig
 
 from jobqueue.client import Client
 from jobqueue.errors import Failure, describe_error
-from jobqueue.in_flight import LEAVE, InFlight, Registry
+from jobqueue.in_flight import LEAVE, Entry, Registry
 from jobqueue.pulling import Prefetch, PullRequests
 from jobqueue.recovery import Recovery
 from jobqueue.retrying import retry_at_start
@@ -23,14 +23,14 @@ from jobqueue.time_limit import TimeLimit
 log = logging.getLogger(__name__)
 
 TICK = 0.1  # seconds between two rounds of housekeeping
-MAX_STALL = 1.0  # seconds of an event loop that was blocked: what has arrived meanwhile is yet to be read
+MAX_STALL = 1.0  # seconds of a blocked event loop, after which answers that have arrived may be unread
 SHUTDOWN_CONFIRM_TIME = 10.0  # seconds for the last acks to be confirmed
 
 Handle = Callable[[Msg], Awaitable[bytes]]
 
 
 class Worker:
-    """Keeps so many messages of a durable in flight that processing never waits, and acks what is processed.
+    """Keeps enough messages of a durable in flight that processing never waits for the server, and acks each when done.
 
     Args:
         nc: the connection.
@@ -52,15 +52,13 @@ class Worker:
         self._concurrency = concurrency
         self._time_limit = time_limit
         self._shutdown = asyncio.Event()
-        self._queue: asyncio.Queue[InFlight] = asyncio.Queue()
-        self._tasks: dict[asyncio.Task[None], InFlight | None] = {}  # what each is processing
+        self._queue: asyncio.Queue[Entry] = asyncio.Queue()
+        self._tasks: dict[asyncio.Task[None], Entry | None] = {}  # what each is processing
         self._busy = 0  # tasks
-        self._max_batch = 2**31  # messages of a pull request, unless an operator has set a limit
-        self._max_batch = 2**31  # messages of a pull request, unless an operator has set a limit
         self._probed_forms: set[int] = set()  # of ack subjects
         self._tally: Counter[bytes] = Counter()
         self._prefetch = Prefetch()
-        self._registry = Registry(nc, stream, lambda: self._recovery.look(), self._prefetch.note_round_trip)
+        self._registry = Registry(nc, stream, lambda: self._recovery.check(), self._prefetch.note_round_trip)
         self._pulls = PullRequests(nc, stream, self._durable, self._receive, self._end_pull)
         self._recovery = Recovery(nc, stream, config, self._registry, self._pulls)
 
@@ -84,10 +82,12 @@ class Worker:
         await self._pulls.start()
         try:
             async with asyncio.TaskGroup() as tasks:
-                background = [tasks.create_task(one) for one in (self._keep_house(ack_wait / 3), self._recovery.run())]
+                background = [
+                    tasks.create_task(one) for one in (self._housekeeping(ack_wait / 3), self._recovery.run())
+                ]
                 for _ in range(self._concurrency):
                     self._start_processing()
-                self._recovery.look()  # what there is now, so that a change is noticed
+                self._recovery.check()  # what there is now, so that a change is noticed
                 await shutdown.wait()
                 await self._finish()
                 while remaining := [task for task in background if not task.done()]:
@@ -113,12 +113,11 @@ class Worker:
         except (Error, TimeoutError) as error:
             raise Failure(f"cannot create {durable}: {describe_error(error)}") from None
         config = info["config"]
-        self._max_batch = config.get("max_batch") or self._max_batch
         return float(min(config.get("backoff") or [config["ack_wait"]])) / 1e9
 
     async def _finish(self) -> None:
         """Wait until no more can come, all is processed, and the acks are confirmed."""
-        while (self._pulls.requested and self._nc.is_connected) or self._unprocessed:
+        while (self._pulls.requested and self._nc.is_connected) or self._registry.has_unfinished():
             await asyncio.sleep(TICK)
         deadline = asyncio.get_running_loop().time() + SHUTDOWN_CONFIRM_TIME
         while self._registry and asyncio.get_running_loop().time() < deadline:
@@ -136,19 +135,19 @@ class Worker:
             return
         room = self._concurrency + self._prefetch.size - self._unprocessed
         if not self._probed_forms:
-            room = min(room, 1)  # it may turn out that it must not be acked
+            room = min(room, 1)  # we may not be permitted to ack it
         missing = room - self._pulls.requested
         if missing >= max(1, room // 2):
-            await self._pulls.send(min(missing, self._max_batch))
+            await self._pulls.send(missing)
 
     async def _receive(self, message: Msg) -> None:
-        one = await self._registry.add(message)
+        entry = await self._registry.add(message)
         form = message.reply.count(".")
         is_probed = form in self._probed_forms
         if not is_probed:
             await self._probe(message, form)
-        if one:
-            self._queue.put_nowait(one)
+        if entry:
+            self._queue.put_nowait(entry)
         if not is_probed:
             await self._pull()
 
@@ -161,7 +160,7 @@ class Worker:
 
     async def _end_pull(self, failure: str) -> None:
         if failure:
-            self._recovery.start(failure)
+            self._recovery.recover(failure)
         await self._pull()
 
     def _start_processing(self) -> None:
@@ -171,34 +170,33 @@ class Worker:
         task = asyncio.current_task()
         assert task
         while True:
-            one = await self._queue.get()
-            if one not in self._registry:
+            entry = await self._queue.get()
+            if entry not in self._registry:
                 continue
-            self._tasks[task] = one
+            self._tasks[task] = entry
             self._busy += 1
-            ack = await self._process(one)
+            ack = await self._process(entry)
             if task not in self._tasks:
                 return
             self._tasks[task] = None
             self._busy -= 1
-            await self._complete(one, ack)
+            await self._complete(entry, ack)
 
-    async def _process(self, one: InFlight) -> bytes:
+    async def _process(self, entry: Entry) -> bytes:
         try:
-            return await self._handle(one.message)
+            return await self._handle(entry.message)
         except Exception as error:
-            log.error("stream sequence # %d in %s: %s", one.sequence, self._stream, describe_error(error))
+            log.error("stream sequence # %d in %s: %s", entry.sequence, self._stream, describe_error(error))
             return LEAVE
 
-    async def _complete(self, one: InFlight, ack: bytes) -> None:
+    async def _complete(self, entry: Entry, ack: bytes) -> None:
         self._tally[ack] += 1
         self._prefetch.count_completed()
-        redelivery = await self._registry.finish(one, ack)
-        if redelivery:
-            await self._receive(redelivery)
+        if await self._registry.finish(entry, ack):
+            self._queue.put_nowait(entry)
         await self._pull()
 
-    async def _keep_house(self, heartbeat_interval: float) -> None:
+    async def _housekeeping(self, heartbeat_interval: float) -> None:
         now = asyncio.get_running_loop().time()
         next_heartbeat = now + heartbeat_interval
         while True:
@@ -210,9 +208,9 @@ class Worker:
             for task in (*self._time_limit.enforce(), *(task for task in self._tasks if task.done())):
                 await self._replace(task)
             if self._registry.has_late_acks():
-                self._recovery.look()
+                self._recovery.check()
             if self._nc.is_connected and now - before < MAX_STALL and self._pulls.is_overdue(now):
-                self._recovery.start("a pull request timed out")
+                self._recovery.recover("a pull request timed out")
             if now >= next_heartbeat:
                 next_heartbeat = now + heartbeat_interval
                 await self._registry.send_heartbeats()
@@ -220,11 +218,9 @@ class Worker:
 
     async def _replace(self, task: asyncio.Task[None]) -> None:
         """Go on with another task where one ignores its cancellation at the time limit, or was ended by its work."""
-        one = self._tasks.pop(task)
+        entry = self._tasks.pop(task)
         self._start_processing()
-        if one:
+        if entry:
             self._busy -= 1
-            log.error(
-                "stream sequence # %d in %s cannot be cancelled: left to be redelivered", one.sequence, self._stream
-            )
-            await self._complete(one, LEAVE)
+            log.error("stream sequence # %d in %s: its processing cannot be stopped", entry.sequence, self._stream)
+            await self._complete(entry, LEAVE)

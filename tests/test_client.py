@@ -2,11 +2,9 @@
 
 from importlib.metadata import version
 
-import pytest
 from nats.aio.client import Client as NatsClient
-from nats.aio.msg import Msg
 
-from jobqueue.client import Client, Message
+from jobqueue.client import Client
 from tests.harness import ROOT
 
 TESTS = {
@@ -26,15 +24,3 @@ def test_each_override_has_a_test_and_is_there_in_the_version_that_is_pinned() -
     tests = "\n".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
     assert all(f"def {test}(" in tests for test in TESTS.values())
     assert version("nats-py").startswith("2.16.")
-
-
-@pytest.mark.parametrize(
-    "subject",
-    [
-        "$JS.ACK.orders_stream.processor.2.448.449.1795676929003821557.4",
-        "$JS.ACK._.szMpdrwD.orders_stream.processor.2.448.449.1795676929003821557.4",
-        "$JS.ACK.hub.szMpdrwD.orders_stream.processor.2.448.449.1795676929003821557.4.x7Gz",
-    ],
-)
-def test_metadata_are_those_of_nats_py(subject: str) -> None:
-    assert Message(Client(), "orders.new", subject).metadata == Msg(Client(), "orders.new", subject).metadata

@@ -55,18 +55,18 @@ async def test_a_durable_that_is_as_it_should_be_is_not_updated(server: Server, 
     assert not seen
 
 
-async def test_an_operators_limit_of_a_pull_request_is_kept(server: Server, nc: Client) -> None:
-    async with server.script(*CONSUMER) as running:
-        await durable_info(nc, "orders_stream", "processor")
-        assert await running.stop() == 0
-    config = (await durable_info(nc, "orders_stream", "processor"))["config"] | {"max_batch": 5}
-    payload = {"stream_name": "orders_stream", "config": config}
-    assert "error" not in await request(nc, create_subject("orders_stream", config), payload)
-    await publish(nc, *(b"order-%d" % i for i in range(200)))
+async def test_an_operators_limits_of_pull_requests_are_kept(server: Server, nc: Client) -> None:
+    """From when a request is refused on, without a restart."""
     async with server.script(*CONSUMER, "--concurrency", "40", "--failure-rate", "0") as running:
+        config = (await durable_info(nc, "orders_stream", "processor"))["config"]
+        payload = {"stream_name": "orders_stream", "config": config | {"max_batch": 5, "max_expires": 10**9}}
+        assert "error" not in await request(nc, create_subject("orders_stream", config), payload)
+        await running.line("orders_stream: 409 Exceeded MaxRequest.*; trying again")
+        await running.line("orders_stream is back")
+        await publish(nc, *(b"order-%d" % i for i in range(200)))
         await emptied(nc, "orders_stream")
         assert await running.stop() == 0
-    assert len(running.lines) == 200 + 2
+    assert len(running.lines) == 200 + 4
 
 
 async def test_many_idle_consumers_do_not_use_up_the_pull_requests_of_a_durable(server: Server, nc: Client) -> None:

@@ -147,7 +147,7 @@ async def test_work_that_ignores_its_cancellation_holds_up_no_other_order(
     consumer = with_body(CONSUMER[0], "process", body, tmp_path)
     async with server.script(consumer, *CONSUMER[1:], "--time-limit", "0.5") as running, server.script(*DLQ) as dlq:
         await running.line("done with order-.", 5)
-        await running.line("stream sequence # 1 in orders_stream cannot be cancelled: left to be redelivered", 2)
+        await running.line("stream sequence # 1 in orders_stream: its processing cannot be stopped", 2)
         await dlq.line("reprocessing order stubborn")
         await emptied(nc, "orders_stream", "orders_unprocessed")
 

@@ -46,7 +46,7 @@ async def process(order: str) -> None:
 
 async def nats_py(concurrency: int) -> None:
     """Fetch a batch, work on so many at a time, and have each ack confirmed."""
-    nc = await nats.connect(URL)
+    nc = await nats.connect(URL.split(","))
     subscription = await nc.jetstream().pull_subscribe("orders.*", "processor", "orders_stream")
     hands = asyncio.Semaphore(concurrency)
 
