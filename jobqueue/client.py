@@ -68,7 +68,7 @@ class Client(NatsClient):
         return parsed
 
     async def _process_err(self, err_msg: str) -> None:
-        """Reconnect when the server ends the connection; nats-py closes it for good, for example when the user's JWT expires."""
+        """Reconnect when the server ends the connection; nats-py closes it for good, say at a JWT's end."""
         if PERMISSIONS_ERR in err_msg:
             await super()._process_err(err_msg)
             return
