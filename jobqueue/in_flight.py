@@ -25,7 +25,7 @@ class Entry:
 
     __slots__ = (
         *("ack", "ack_subject", "delivered_at", "epoch", "finished_at"),
-        *("message", "redelivery", "sent_at", "sequence", "stored_at"),
+        *("message", "redelivery", "sent_at", "sequence", "stored_at", "tries"),
     )
 
     def __init__(self, message: Msg, sequence: int, stored_at: int, epoch: int, now: float) -> None:
@@ -39,6 +39,7 @@ class Entry:
         self.ack = LEAVE
         self.finished_at = 0.0
         self.sent_at = 0.0  # when the ack was sent, 0.0 if it has to be
+        self.tries = 0  # of sending it
 
 
 class Registry:
@@ -55,6 +56,7 @@ class Registry:
         self, nc: Client, stream: str, on_unsent_ack: Callable[[], None], on_confirmed: Callable[[float], None]
     ) -> None:
         self.checked_at = 0.0  # when the stream was last seen to be the same one
+        self.heard_at = 0.0  # when the durable's leader last delivered a message or confirmed an ack
         self._nc = nc
         self._stream = stream
         self._on_unsent_ack = on_unsent_ack
@@ -95,6 +97,7 @@ class Registry:
         """Register a delivery, and return its entry unless the message is in flight already."""
         sequence, stored_at = parse_ack_subject(message.reply)
         now, known = self._now(), self._entries.get(sequence)
+        self.heard_at = now
         if known and known.stored_at == stored_at:
             known.ack_subject, known.epoch, known.delivered_at = message.reply, self.epoch, now
             if not known.ack:
@@ -160,6 +163,7 @@ class Registry:
 
     async def _send_ack(self, entry: Entry, now: float) -> None:
         entry.sent_at = now
+        entry.tries += 1
         await self._nc.publish(entry.ack_subject, entry.ack, f"{self._inbox}.{entry.sequence}-{entry.stored_at}")
 
     async def _confirm(self, answer: Msg) -> None:
@@ -171,5 +175,6 @@ class Registry:
             self._on_unsent_ack()
             return
         self.remove(entry)
-        if entry.sent_at == entry.finished_at:  # after a resend nobody knows which ack was confirmed
-            self._on_confirmed(self._now() - entry.sent_at)
+        self.heard_at = self._now()
+        if entry.tries == 1:  # of several nobody knows which one was confirmed
+            self._on_confirmed(self.heard_at - entry.sent_at)

@@ -10,7 +10,7 @@ from nats.errors import Error
 from nats.js.api import ConsumerConfig
 
 from jobqueue.errors import describe_error
-from jobqueue.in_flight import Entry, Registry
+from jobqueue.in_flight import CHECK_VALID_FOR, Entry, Registry
 from jobqueue.pulling import PullRequests
 from jobqueue.retrying import MIN_RETRY_DELAY
 from jobqueue.streams import api_request, ensure_durable, find_stored_at
@@ -68,8 +68,9 @@ class Recovery:
         self._needed.set()
 
     def check(self) -> None:
-        """Have stream and durable checked, and open acks sent, before the next pull request."""
-        self._is_stable = False
+        """Have stream and durable checked and open acks sent, before the next pull request if the leader was silent."""
+        if self._now() - self._registry.heard_at > CHECK_VALID_FOR:
+            self._is_stable = False
         self._needed.set()
 
     async def run(self) -> None:
