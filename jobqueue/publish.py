@@ -13,7 +13,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import ConnectionReconnectingError, Error, MaxPayloadError
 
-from jobqueue.errors import Failure, describe_error
+from jobqueue.errors import describe_error
 from jobqueue.retrying import retry
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ async def publish_many(nc: Client, subject: str, messages: AsyncIterator[Message
         messages: what.
 
     Raises:
-        Failure: `messages` has raised it; all before it have had their outcome.
+        Exception: `messages` has raised it; what came before is stored or failed.
     """
     failure = None
     async with asyncio.TaskGroup() as tasks:
@@ -121,11 +121,11 @@ async def publish_many(nc: Client, subject: str, messages: AsyncIterator[Message
         try:
             async for message in messages:
                 await pipeline.send(message)
-        except Failure as error:
+        except Exception as error:
             failure = error
         await pipeline.wait_for_room(WINDOW)
         watching.cancel()
-    await subscription.unsubscribe()
+        await subscription.unsubscribe()
     if failure:
         raise failure
     return pipeline.outcomes

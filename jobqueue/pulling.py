@@ -1,7 +1,6 @@
 """Asking a durable for messages: how many, and what becomes of each pull request."""
 
 import asyncio
-import itertools
 import json
 import sys
 from collections.abc import Awaitable, Callable
@@ -13,7 +12,7 @@ from nats.aio.msg import Msg
 from jobqueue.errors import printable
 
 PULL_EXPIRES = 2.0  # seconds; a graceful shutdown waits for it, since a dropped delivery costs the message an attempt
-MAX_PULL_LATENESS = 2.0  # seconds after that until the answer counts as lost
+MAX_PULL_LATENESS = 2.0  # seconds after that until its answer counts as lost
 MAX_QUEUE_TIME = 0.4  # seconds of work that may wait in this process
 
 OnDelivery = Callable[[Msg], Awaitable[None]]
@@ -52,8 +51,8 @@ class Prefetch:
 class PullRequests:
     """The pull requests that the server has, and how many messages may still come for them (`requested`).
 
-    A delivery doesn't say which request it is for, so it is counted for the oldest one. The server takes turns, so that
-    is a guess. A status names its request by the last token of its subject, and ends it, and any miscount with it.
+    A delivery doesn't say which request it is for, but counting all of them together will do: each delivery is one
+    less, and the status that ends a request says how many it still lacked.
 
     `on_delivery` is called with each message, `on_end` when the server ends a request: with a description of the
     failure, or "" when it has expired.
@@ -66,8 +65,9 @@ class PullRequests:
         self._on_delivery = on_delivery
         self._on_end = on_end
         self._inbox = nc.new_inbox()
-        self._tokens = map(str, itertools.count())
-        self._open: dict[str, tuple[int, float]] = {}  # messages to come, and until when; the oldest request first
+        self._generation = 0  # the last token of the inbox, so that statuses of forgotten requests can be told apart
+        self._now = asyncio.get_running_loop().time
+        self._sent_at = self._heard_at = self._expires_at = 0.0
         self.set_limits({})
 
     async def start(self) -> None:
@@ -76,45 +76,44 @@ class PullRequests:
 
     async def send(self, batch: int) -> None:
         """Ask for messages."""
-        token, batch = next(self._tokens), min(batch, self._max_batch)
-        answer_by = asyncio.get_running_loop().time() + PULL_EXPIRES + MAX_PULL_LATENESS
-        self._open[token] = batch, answer_by
+        batch = min(batch, self._max_batch)
         self.requested += batch
+        self._sent_at = self._now()
+        self._expires_at = self._sent_at + PULL_EXPIRES
         request = {"batch": batch, "expires": self._expires}
-        await self._nc.publish(self._subject, json.dumps(request).encode(), f"{self._inbox}.{token}")
+        await self._nc.publish(self._subject, json.dumps(request).encode(), f"{self._inbox}.{self._generation}")
 
     def set_limits(self, config: dict[str, Any]) -> None:
         """Keep to what an operator has set for pull requests in the durable's configuration."""
         self._max_batch = config.get("max_batch") or sys.maxsize
         self._expires = min(int(PULL_EXPIRES * 1e9), config.get("max_expires") or sys.maxsize)  # nanoseconds
 
-    def is_overdue(self, now: float) -> bool:
-        """Return whether a request has neither been served nor expired: its answer is lost."""
-        return any(now > answer_by for _, answer_by in self._open.values())
+    def end_expired(self) -> bool:
+        """Forget the requests that must have ended by now; return whether the last one was not answered at all."""
+        if not self.requested or self._now() < self._expires_at + MAX_PULL_LATENESS:
+            return False
+        self.requested = 0
+        return self._heard_at < self._sent_at
 
     def forget_all(self) -> None:
         """Forget all open requests. Late deliveries are still processed."""
-        self._open.clear()
+        self._generation += 1
         self.requested = 0
+
+    def may_deliver(self) -> bool:
+        """Return whether messages may still come, for forgotten requests too."""
+        return self.requested > 0 or self._now() < self._expires_at
 
     async def _receive(self, message: Msg) -> None:
         if message.reply:
-            self._count_delivery()
+            self._heard_at = self._now()
+            self.requested = max(0, self.requested - 1)
             await self._on_delivery(message)
-            return
-        missing, _ = self._open.pop(message.subject.rpartition(".")[2], (0, 0))
-        if missing:
-            self.requested -= missing
-            await self._on_end(_describe_failure(message.headers or {}))
-
-    def _count_delivery(self) -> None:
-        for token, (missing, answer_by) in self._open.items():
-            self.requested -= 1
-            if missing > 1:
-                self._open[token] = missing - 1, answer_by
-            else:
-                del self._open[token]
-            break
+        elif message.subject.endswith(f".{self._generation}"):
+            self._heard_at = self._now()
+            headers = message.headers or {}
+            self.requested = max(0, self.requested - int(headers.get("Nats-Pending-Messages", 0)))
+            await self._on_end(_describe_failure(headers))
 
 
 def _describe_failure(headers: dict[str, str]) -> str:

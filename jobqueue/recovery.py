@@ -42,7 +42,6 @@ class Recovery:
         self._reconnects = nc.stats["reconnects"]
         self._leader: str | None = None  # the durable's; None on a single server
         self._created: str | None = None  # when the stream was
-        self._allows_direct = False  # until the first check
         self._complaint = ""
 
     def may_pull(self) -> bool:
@@ -73,15 +72,18 @@ class Recovery:
             self._is_stable = False
         self._needed.set()
 
+    def note_served(self) -> None:
+        """Take it that all is well again, since the server has served a pull request."""
+        if self._complaint and self._is_stable:
+            self._complaint = ""
+            log.info("%s is back", self._stream)
+
     async def run(self) -> None:
         """Check and recover whenever that is needed, for ever."""
         while True:
             await self._needed.wait()
             await self._until_stable()
             self._is_stable = True
-            if self._complaint:
-                self._complaint = ""
-                log.info("%s is back", self._stream)
 
     async def _until_stable(self) -> None:
         """Check, and once more when the grace period is over: another leader may have been lost meanwhile."""
@@ -133,12 +135,11 @@ class Recovery:
         if self._leader not in (leader, None) or self._created not in (created, None):
             self.recover()
         self._leader, self._created = leader, created
-        self._allows_direct = bool(stream["config"].get("allow_direct"))
 
     async def _verify(self, entry: Entry, grace_over: bool) -> None:
         """Read a message in flight back, and drop it if its sequence has another message now, or none."""
         epoch = self._registry.epoch
-        found = await find_stored_at(self._nc, self._stream, entry.sequence, direct=self._allows_direct)
+        found = await find_stored_at(self._nc, self._stream, entry.sequence)
         if entry not in self._registry:
             return
         if found == entry.stored_at:

@@ -7,6 +7,7 @@ from typing import Any
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.errors import NoRespondersError
 from nats.js.api import ConsumerConfig
 from nats.js.errors import APIError, NotFoundError
 
@@ -91,24 +92,22 @@ async def ensure_durable(nc: Client, stream: str, config: ConsumerConfig, *, upd
     return await api_request(nc, subject, {"stream_name": stream, "config": wanted})
 
 
-async def find_stored_at(nc: Client, stream: str, sequence: int, *, direct: bool) -> int | None:
+async def find_stored_at(nc: Client, stream: str, sequence: int) -> int | None:
     """Return when the message with a stream sequence was stored, in nanoseconds; None if there is none.
 
-    Args:
-        nc: the connection.
-        stream: the stream's name.
-        sequence: the message's.
-        direct: whether the stream has `allow_direct`: any replica may answer then, and no leader is needed.
+    Any replica answers a direct get, without a leader. Where the stream has no `allow_direct`, or the message itself
+    has a header `Status: 503`, which nats-py takes for "no responders", the leader is asked.
 
     Raises:
         nats.errors.Error: the server doesn't answer.
     """
-    if direct:
-        answer = await nc.request(f"$JS.API.DIRECT.GET.{stream}", b'{"seq": %d}' % sequence, API_TIMEOUT)
+    request = {"seq": sequence}
+    try:
+        answer = await nc.request(f"$JS.API.DIRECT.GET.{stream}", json.dumps(request).encode(), API_TIMEOUT)
         time = (answer.headers or {}).get("Nats-Time-Stamp")
-    else:
+    except NoRespondersError:
         try:
-            time = (await api_request(nc, f"STREAM.MSG.GET.{stream}", {"seq": sequence}))["message"]["time"]
+            time = (await api_request(nc, f"STREAM.MSG.GET.{stream}", request))["message"]["time"]
         except NotFoundError as error:
             if error.err_code != NO_MESSAGE_FOUND:
                 raise

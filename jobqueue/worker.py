@@ -113,11 +113,14 @@ class Worker:
         except (Error, TimeoutError) as error:
             raise Failure(f"cannot create {durable}: {describe_error(error)}") from None
         config = info["config"]
+        for field in ("deliver_subject", "priority_groups"):
+            if config.get(field):
+                raise Failure(f"{durable} has {field}, and can't be used: delete it by `nats consumer rm -f`")
         return float(min(config.get("backoff") or [config["ack_wait"]])) / 1e9
 
     async def _finish(self) -> None:
         """Wait until no more can come, all is processed, and the acks are confirmed."""
-        while (self._pulls.requested and self._nc.is_connected) or self._registry.has_unfinished():
+        while (self._pulls.may_deliver() and self._nc.is_connected) or self._registry.has_unfinished():
             await asyncio.sleep(TICK)
         deadline = asyncio.get_running_loop().time() + SHUTDOWN_CONFIRM_TIME
         while self._registry and asyncio.get_running_loop().time() < deadline:
@@ -141,6 +144,7 @@ class Worker:
             await self._pulls.send(missing)
 
     async def _receive(self, message: Msg) -> None:
+        self._recovery.note_served()
         entry = await self._registry.add(message)
         form = message.reply.count(".")
         is_probed = form in self._probed_forms
@@ -161,6 +165,8 @@ class Worker:
     async def _end_pull(self, failure: str) -> None:
         if failure:
             self._recovery.recover(failure)
+        else:
+            self._recovery.note_served()
         await self._pull()
 
     def _start_processing(self) -> None:
@@ -209,7 +215,7 @@ class Worker:
                 await self._replace(task)
             if self._registry.has_late_acks():
                 self._recovery.check()
-            if self._nc.is_connected and now - before < MAX_STALL and self._pulls.is_overdue(now):
+            if self._nc.is_connected and now - before < MAX_STALL and self._pulls.end_expired():
                 self._recovery.recover("a pull request timed out")
             if now >= next_heartbeat:
                 next_heartbeat = now + heartbeat_interval

@@ -3,6 +3,7 @@
 from contextlib import AsyncExitStack
 from typing import Any
 
+import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
@@ -87,3 +88,20 @@ async def test_many_idle_consumers_do_not_use_up_the_pull_requests_of_a_durable(
         for consumer in consumers:
             assert await consumer.stop() == 0
             assert not consumer.found(".*; trying again")
+
+
+@pytest.mark.parametrize("fields", [{"deliver_subject": "elsewhere"}, {"priority_groups": ["a"]}])
+async def test_a_durable_that_takes_no_pull_requests_of_ours_is_refused(
+    server: Server, nc: Client, fields: dict[str, Any]
+) -> None:
+    config: dict[str, Any] = {"durable_name": "processor", "ack_policy": "explicit", "filter_subject": "orders.*"}
+    config |= fields | ({"priority_policy": "overflow"} if "priority_groups" in fields else {})
+    answer = await request(
+        nc, create_subject("orders_stream", config), {"stream_name": "orders_stream", "config": config}
+    )
+    if "error" in answer or not answer["config"].get(next(iter(fields))):
+        pytest.skip("this nats-server doesn't know that")
+    consumer = await server.run(*CONSUMER)
+    assert consumer.process.returncode == 1
+    assert len(consumer.lines) == 1
+    assert consumer.found("cannot create the durable processor .*|the durable processor on orders_stream has .*")

@@ -10,10 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 
 from jobqueue.connection import connect
 from jobqueue.publish import Message, Outcome, publish, publish_many
-from tests.harness import PUBLISHER, Script, Server, messages, request, serving
+from tests.harness import PATIENCE, PUBLISHER, Script, Server, messages, request, serving
 from tests.proxy import proxied
 
 PIPELINED = (*PUBLISHER, "--interval", "0")
@@ -228,3 +229,33 @@ async def test_a_duplicate_is_told_apart(
         "published order no. 2",
     ]
     assert await messages(nc, "orders_stream") == 3
+
+
+@pytest.mark.parametrize("answer", [b"null", b"42", b"[]", b"{}", b'{"ok":true}', b"hello"])
+async def test_only_a_streams_answer_counts(
+    server: Server, nc: Client, monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    """Somebody else answers the first orders, too."""
+    monkeypatch.setenv("NATS_URL", server.url)
+    config = (await request(nc, "STREAM.INFO.orders_stream"))["config"]
+    await request(nc, "STREAM.DELETE.orders_stream")
+    answered = asyncio.Event()
+
+    async def interfere(message: Msg) -> None:
+        await message.respond(answer)
+        answered.set()
+
+    async def made() -> AsyncIterator[Message]:
+        for number in range(5):
+            yield Message(b"order-%d" % number, f"id-{number}", f"order no. {number}")
+
+    subscription = await nc.subscribe("orders.new", cb=interfere)
+    await nc.flush()
+    async with connect("test") as client:
+        publishing = asyncio.create_task(publish_many(client, "orders.new", made()))
+        await answered.wait()
+        await subscription.unsubscribe()
+        await request(nc, "STREAM.CREATE.orders_stream", config)
+        async with asyncio.timeout(PATIENCE):
+            assert await publishing == {Outcome.STORED: 5}
+    assert await messages(nc, "orders_stream") == 5

@@ -6,10 +6,12 @@ import signal
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from tests.harness import CONSUMER, Server, durable_info, emptied, messages, publish, request, until, with_body
+from tests.proxy import proxied
 
 OLD = [b"old-%d" % i for i in range(15)]
 NEW = [b"new-%d" % i for i in range(10)]
@@ -167,3 +169,66 @@ async def test_an_order_that_was_removed_while_it_waits_is_not_processed(
         await consumer.line("done with old-0")
         assert await consumer.stop() == 0
     assert not consumer.found("began new-0")
+
+
+@pytest.mark.parametrize("what", ["no allow_direct", "an order with a status"])
+async def test_orders_that_no_direct_get_can_read_are_verified_too(
+    server: Server, nc: Client, tmp_path: Path, what: str
+) -> None:
+    """Nobody answers it in the one case, and in the other nats-py takes the order's own header for that."""
+    go = tmp_path / "go"
+    await publish(nc, b"old-0", **({"Status": "503"} if what == "an order with a status" else {}))
+    async with (
+        proxied(server.port) as proxy,
+        server.script(waiting_consumer(go, tmp_path), *CONSUMER[1:], NATS_URL=proxy.url) as consumer,
+    ):
+        await consumer.line("began old-0")
+        if what == "no allow_direct":
+            config = (await request(nc, "STREAM.INFO.orders_stream"))["config"] | {"allow_direct": False}
+            assert "error" not in await request(nc, "STREAM.UPDATE.orders_stream", config)
+        proxy.cut()
+        await consumer.line("connection lost; reconnecting")
+        proxy.restore()
+        await consumer.line("connected again")
+        go.touch()
+        await emptied(nc, "orders_stream")
+        assert await consumer.stop() == 0
+    assert len(consumer.found("began .*")) == 1
+
+
+async def test_a_redelivery_that_waited_is_no_fresher_than_its_arrival(
+    server: Server, nc: Client, tmp_path: Path
+) -> None:
+    """Its ack would hit an order of the stream's successor, which another consumer is processing."""
+    failed, go = tmp_path / "failed", tmp_path / "go"
+    body = f"""import time
+    from pathlib import Path
+    log.info("began %s %d", printable(order.data), order.metadata.num_delivered)
+    if order.data == b"old-0" and order.metadata.num_delivered == 1:
+        time.sleep(6)  # the server hears nothing for longer than the ack wait
+        while not Path({str(failed)!r}).exists():
+            await asyncio.sleep(0.05)
+        raise ValueError
+    while not Path({str(go)!r}).exists() and order.data != b"old-0":
+        await asyncio.sleep(0.05)"""
+    script = with_body("consumer/consumer.py", "process", body, tmp_path)
+    await publish(nc, b"old-0", b"old-1")
+    async with server.script(script, *CONSUMER[1:]) as busy:
+        await busy.line("began old-0 1")
+        await until(lambda: is_redelivered(nc))
+        await request(nc, "STREAM.DELETE.orders_stream")
+        await server.create_streams()
+        async with server.script(script, *CONSUMER[1:], "--concurrency", "2") as other:
+            await publish(nc, b"new-0", b"new-1")
+            await other.line("began new-. 1", 2)
+            failed.touch()
+            await busy.line("began old-0 2")
+            await busy.line("stream sequence # 1 in orders_stream is another message now: not acked")
+            assert await messages(nc, "orders_stream") == 2
+            go.touch()
+            await emptied(nc, "orders_stream")
+
+
+async def is_redelivered(nc: Client) -> bool:
+    found: int = (await durable_info(nc, "orders_stream", "processor"))["num_redelivered"]
+    return found >= 1
