@@ -67,7 +67,7 @@ class PullRequests:
         self._inbox = nc.new_inbox()
         self._generation = 0  # the last token of the inbox, so that statuses of forgotten requests can be told apart
         self._now = asyncio.get_running_loop().time
-        self._sent_at = self._heard_at = self._expires_at = 0.0
+        self._sent_at = self._heard_at = self._expires_at = self._forgotten_until = 0.0
         self.set_limits({})
 
     async def start(self) -> None:
@@ -98,11 +98,13 @@ class PullRequests:
     def forget_all(self) -> None:
         """Forget all open requests. Late deliveries are still processed."""
         self._generation += 1
+        if self.requested:
+            self._forgotten_until = self._expires_at
         self.requested = 0
 
     def may_deliver(self) -> bool:
         """Return whether messages may still come, for forgotten requests too."""
-        return self.requested > 0 or self._now() < self._expires_at
+        return self.requested > 0 or self._now() < self._forgotten_until
 
     async def _receive(self, message: Msg) -> None:
         if message.reply:

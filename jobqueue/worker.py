@@ -82,9 +82,8 @@ class Worker:
         await self._pulls.start()
         try:
             async with asyncio.TaskGroup() as tasks:
-                background = [
-                    tasks.create_task(one) for one in (self._housekeeping(ack_wait / 3), self._recovery.run())
-                ]
+                loops = (self._housekeeping(ack_wait / 3), self._recovery.run())
+                background = [tasks.create_task(loop) for loop in loops]
                 for _ in range(self._concurrency):
                     self._start_processing()
                 self._recovery.check()  # what there is now, so that a change is noticed
@@ -96,8 +95,8 @@ class Worker:
                     await asyncio.sleep(0)
         finally:
             self._time_limit.close()
-            for one in self._tasks:
-                one.cancel()
+            for task in self._tasks:
+                task.cancel()
         return self._tally
 
     async def _set_up(self) -> float:
