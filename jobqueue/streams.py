@@ -95,8 +95,9 @@ async def ensure_durable(nc: Client, stream: str, config: ConsumerConfig, *, upd
 async def find_stored_at(nc: Client, stream: str, sequence: int) -> int | None:
     """Return when the message with a stream sequence was stored, in nanoseconds; None if there is none.
 
-    Any replica answers a direct get, without a leader. Where the stream has no `allow_direct`, or the message itself
-    has a header `Status: 503`, which nats-py takes for "no responders", the leader is asked.
+    Any replica answers a direct get, without a leader. The leader is asked where nobody does, since the stream has no
+    `allow_direct` (nats-server 2.10 then says nothing), or where the message itself has a header `Status: 503`, which
+    nats-py takes for "no responders".
 
     Raises:
         nats.errors.Error: the server doesn't answer.
@@ -105,7 +106,7 @@ async def find_stored_at(nc: Client, stream: str, sequence: int) -> int | None:
     try:
         answer = await nc.request(f"$JS.API.DIRECT.GET.{stream}", json.dumps(request).encode(), API_TIMEOUT)
         time = (answer.headers or {}).get("Nats-Time-Stamp")
-    except NoRespondersError:
+    except (NoRespondersError, TimeoutError):
         try:
             time = (await api_request(nc, f"STREAM.MSG.GET.{stream}", request))["message"]["time"]
         except NotFoundError as error:
