@@ -86,11 +86,11 @@ async def test_an_advisory_whose_deliveries_are_used_up_is_taken_up_again(
     server: Server, nc: Client, tmp_path: Path
 ) -> None:
     await dead_letters(nc, b"order-0")
-    mended = tmp_path / "mended"
-    body = f"if not __import__('os').path.exists({str(mended)!r}):\n        raise ValueError"
+    fixed = tmp_path / "fixed"
+    body = f"if not __import__('os').path.exists({str(fixed)!r}):\n        raise ValueError"
     async with server.script(with_body("dlq/consumer.py", "reprocess", body, tmp_path), *DLQ[1:]) as dlq:
         await dlq.line("order-0 stays in orders_stream, and will be tried again within two minutes")
-        mended.touch()
+        fixed.touch()
         await emptied(nc, *BOTH)
         assert len(dlq.found("reprocessing order order-0")) == 3
         assert dlq.found("dead letter # 1 in orders_stream had no advisory left: published one")

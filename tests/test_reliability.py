@@ -407,7 +407,7 @@ async def test_work_that_ends_without_a_connection_is_acknowledged_after_it(
             await has_asked.wait()
         await emptied(nc, "orders_stream")
     assert seen.count("ACK") == 1
-    assert seen.count("CONSUMER.INFO") >= 2, "it didn't hold back"
+    assert seen.count("CONSUMER.INFO") >= 2, "it didn't wait for the grace period"
     assert (await durable_info(nc, "orders_stream", "processor"))["delivered"]["consumer_seq"] == 1
 
 

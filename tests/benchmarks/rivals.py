@@ -48,10 +48,10 @@ async def nats_py(concurrency: int) -> None:
     """Fetch a batch, work on so many at a time, and have each ack confirmed."""
     nc = await nats.connect(URL.split(","))
     subscription = await nc.jetstream().pull_subscribe("orders.*", "processor", "orders_stream")
-    hands = asyncio.Semaphore(concurrency)
+    free = asyncio.Semaphore(concurrency)
 
     async def work(order: Msg) -> None:
-        async with hands:
+        async with free:
             log.info("received %s", order.data.decode())
             await asyncio.sleep(WORK_TIME)
         await order.ack_sync()
