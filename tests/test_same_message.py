@@ -206,6 +206,7 @@ async def test_a_redelivery_that_waited_is_no_fresher_than_its_arrival(
     log.info("began %s %d", printable(order.data), order.metadata.num_delivered)
     if order.data == b"old-0" and order.metadata.num_delivered == 1:
         time.sleep(6)  # the server hears nothing for longer than the ack wait
+        log.info("awake")
         while not Path({str(failed)!r}).exists():
             await asyncio.sleep(0.05)
         raise ValueError
@@ -221,6 +222,8 @@ async def test_a_redelivery_that_waited_is_no_fresher_than_its_arrival(
         async with server.script(script, *CONSUMER[1:], "--concurrency", "2") as other:
             await publish(nc, b"new-0", b"new-1")
             await other.line("began new-. 1", 2)
+            await busy.line("awake")
+            await asyncio.sleep(1)  # longer than a delivery counts as fresh
             failed.touch()
             await busy.line("began old-0 2")
             await busy.line("stream sequence # 1 in orders_stream is another message now: not acked")
