@@ -10,21 +10,19 @@ import logging
 import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.errors import Error
 from nats.js.api import AckPolicy, ConsumerConfig
 
 from jobqueue.arguments import make_parser, number, stream_name, subject_filter, whole_number
 from jobqueue.connection import connect
 from jobqueue.dead_letters import warn_if_lost
-from jobqueue.errors import describe_error, printable
-from jobqueue.in_flight import ACK, LEAVE
+from jobqueue.errors import describe_failure, printable
+from jobqueue.in_flight import ACK, LEAVE, NAK
 from jobqueue.script import shutdown_on_signal, start
-from jobqueue.streams import require_stream
+from jobqueue.streams import Durables, require_stream
 from jobqueue.time_limit import TimeLimit
 from jobqueue.worker import Worker
 
@@ -33,6 +31,7 @@ log = logging.getLogger("consumer")
 DURABLE = "processor"
 BACKOFF = [5.0]  # seconds until an order that was not acked is redelivered
 MAX_DELIVER = 2  # after so many deliveries without an ack the order is a dead letter
+MAX_ACK_PENDING = 100_000  # orders in flight or waiting for a retry; while there are more, no new ones are delivered
 
 options = argparse.Namespace()
 
@@ -70,15 +69,18 @@ async def process(order: Msg) -> None:
     await asyncio.sleep(options.work_time)
 
 
-async def handle(time_limit: TimeLimit, order: Msg) -> bytes:
+async def handle(durables: Durables, time_limit: TimeLimit, order: Msg) -> bytes:
     """Process one order and return how to ack it: a failed one not at all, so that it is redelivered."""
     error = await time_limit.run(process(order))
     if error is None:
         return ACK
-    why = "" if isinstance(error, SimulatedError) else f": {describe_error(error)}"
+    delivery, why = order.metadata, ""
+    if not isinstance(error, SimulatedError):
+        why = f": {describe_failure(error, delivery.num_delivered, MAX_DELIVER, delivery.sequence.stream)}"
     log.info("error processing %s%s", printable(order.data), why)
-    if order.metadata.num_delivered >= MAX_DELIVER:
+    if delivery.num_delivered >= MAX_DELIVER and await durables.has_max_deliver(DURABLE, MAX_DELIVER):
         log.info("%s will be processed via DLQ", printable(order.data))
+        return NAK  # so that the server publishes the advisory at once, and not after the back-off
     return LEAVE
 
 
@@ -86,10 +88,6 @@ async def check_streams(nc: Client) -> None:
     """Check that the stream exists and has what we ask for, and warn when its dead letters would be lost."""
     stream, wanted = options.stream, options.subject_filter
     await require_stream(nc, stream, wanted, "scripts/create_orders_stream.sh", stream, wanted)
-    with suppress(Error):  # there is no durable yet, say
-        before = (await nc.jetstream().consumer_info(stream, DURABLE)).config.filter_subject or ">"
-        if before != wanted:
-            log.warning("all consumers of %s get %s from now on, instead of %s", stream, wanted, printable(before))
     await warn_if_lost(nc, stream, DURABLE)
 
 
@@ -101,6 +99,7 @@ async def run() -> int:
         description="Orders processor",
         backoff=BACKOFF,
         max_deliver=MAX_DELIVER,
+        max_ack_pending=MAX_ACK_PENDING,
         filter_subject=options.subject_filter,
         ack_policy=AckPolicy.EXPLICIT,
     )
@@ -109,11 +108,14 @@ async def run() -> int:
     time_limit = TimeLimit(options.time_limit)
     async with connect(f"consumer_{options.stream}") as nc:
         await check_streams(nc)
-        worker = Worker(nc, options.stream, config, partial(handle, time_limit), options.concurrency, time_limit)
+        durables = Durables(nc, options.stream)
+        worker = Worker(
+            nc, options.stream, config, partial(handle, durables, time_limit), options.concurrency, time_limit
+        )
         shutdown = asyncio.Event()
         with shutdown_on_signal(shutdown, lambda: f"{worker.in_flight} orders in flight"):
             tally = await worker.run(shutdown)
-    log.info("stopped: %d orders processed, %d deliveries failed", tally[ACK], tally[LEAVE])
+    log.info("stopped: %d orders processed, %d deliveries failed", tally[ACK], tally[LEAVE] + tally[NAK])
     return 0
 
 

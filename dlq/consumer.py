@@ -8,21 +8,24 @@ import argparse
 import asyncio
 import logging
 import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js.api import AckPolicy, ConsumerConfig
 
-from jobqueue.arguments import make_parser, number, stream_name
+from jobqueue.arguments import make_parser, number, stream_name, whole_number
 from jobqueue.connection import connect
-from jobqueue.dead_letters import ADVISORY, find_message, parse_advisory, remove_message
-from jobqueue.errors import describe_error, printable
+from jobqueue.dead_letters import ADVISORY, as_delivered, find_message, parse_advisory, remove_message
+from jobqueue.errors import TRANSIENT_ERRORS, describe_failure, printable
 from jobqueue.in_flight import ACK, LEAVE, TERM
 from jobqueue.lost_advisories import keep_publishing
+from jobqueue.redelivery import attempt_of, postpone, publish_later
 from jobqueue.retrying import retry
 from jobqueue.script import shutdown_on_signal, start
-from jobqueue.streams import require_stream
+from jobqueue.streams import Durables, parse_ack_subject, require_stream
 from jobqueue.time_limit import TimeLimit
 from jobqueue.worker import Worker
 
@@ -31,8 +34,10 @@ log = logging.getLogger("dlq")
 DURABLE = "unprocessed_order_handler"
 BACKOFF = [5.0]  # seconds until an advisory that was not acked is redelivered
 MAX_DELIVER = 2
+MAX_ACK_PENDING = 100_000  # advisories in flight or waiting for a retry; while there are more, no new ones come
 
 options = argparse.Namespace()
+tally: Counter[str] = Counter()
 
 
 def parse_args() -> None:
@@ -40,6 +45,9 @@ def parse_args() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("dlq_stream", type=stream_name, help="where the advisories are, such as orders_unprocessed")
     parser.add_argument("original_stream", type=stream_name, help="where the orders are, such as orders_stream")
+    parser.add_argument(
+        "--concurrency", type=whole_number(1, 500), default=1, help="orders at a time (default: %(default)s)"
+    )
     parser.add_argument("--time-limit", type=number(0.1), default=600, help="limit, in seconds (default: %(default)s)")
     parser.parse_args(namespace=options)
 
@@ -53,31 +61,45 @@ async def reprocess(order: Msg) -> None:
     """
 
 
-async def handle(nc: Client, shutdown: asyncio.Event, time_limit: TimeLimit, advisory: Msg) -> bytes:
+async def handle(
+    nc: Client, durables: Durables, shutdown: asyncio.Event, time_limit: TimeLimit, advisory: Msg
+) -> bytes:
     """Process the order that an advisory is about and return how to ack the advisory."""
-    stream = options.original_stream
+    stream, dlq_stream = options.original_stream, options.dlq_stream
     try:
-        dead_letter = parse_advisory(advisory.data, stream)
+        dead_letter = parse_advisory(advisory.data, stream, parse_ack_subject(advisory.reply)[1])
     except ValueError:
+        tally["deleted"] += 1
         log.warning("deleted, for it is no advisory of %s: %s", stream, printable(advisory.data))
         return TERM
-    died_at = advisory.metadata.timestamp
+    if nak := postpone(advisory):
+        return nak
     # A transient error must not be one of the advisory's attempts, so it is waited out here.
     wait_out = partial(
         retry, what=f"dead letter # {dead_letter.sequence} in {stream}", give_up=lambda _: shutdown.is_set()
     )
-    order = await wait_out(partial(find_message, nc, dead_letter, died_at))
-    if order is None:
-        return ACK
-    log.info("reprocessing order %s", printable(order.data))
-    error = await time_limit.run(reprocess(order))
-    if error:
-        log.error("error reprocessing order %s: %s", printable(order.data), describe_error(error))
-        if advisory.metadata.num_delivered >= MAX_DELIVER:
-            log.error("%s stays in %s, and will be tried again within two minutes", printable(order.data), stream)
+    try:
+        found = await wait_out(partial(find_message, nc, durables, dead_letter, advisory))
+        if not found:
+            return ACK
+        order = as_delivered(nc, found, dead_letter)
+        log.info("reprocessing order %s", printable(order.data))
+        error = await time_limit.run(reprocess(order))
+        if error is None:
+            tally["done"] += 1
+            await wait_out(partial(remove_message, nc, dead_letter, found))
+            return ACK
+        attempt = attempt_of(advisory, MAX_DELIVER)
+        why = describe_failure(error, attempt, MAX_DELIVER, dead_letter.sequence)
+        log.error("error reprocessing order %s: %s", printable(order.data), why)
+        tally["failed"] += 1
+        if attempt < MAX_DELIVER:
+            return LEAVE
+        delay = await wait_out(partial(publish_later, nc, dlq_stream, advisory))
+    except TRANSIENT_ERRORS:  # a shutdown doesn't wait for the server: the advisory is redelivered
         return LEAVE
-    await wait_out(partial(remove_message, nc, order, dead_letter, died_at))
-    return ACK
+    log.error("%s stays in %s; next attempt in %g s", printable(order.data), stream, delay)
+    return ACK  # of this advisory; there is another one for the next attempt
 
 
 async def check_streams(nc: Client) -> None:
@@ -96,24 +118,27 @@ async def run() -> int:
         description="handle unprocessed jobs",
         backoff=BACKOFF,
         max_deliver=MAX_DELIVER,
+        max_ack_pending=MAX_ACK_PENDING,
         ack_policy=AckPolicy.EXPLICIT,
     )
+    # As many threads as orders for work in asyncio.to_thread(), and a few for what hangs and for name look-ups.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(options.concurrency + 4))
     time_limit = TimeLimit(options.time_limit)
     async with connect(f"dlq_{options.original_stream}") as nc:
         await check_streams(nc)
         shutdown = asyncio.Event()
-        worker = Worker(nc, options.dlq_stream, config, partial(handle, nc, shutdown, time_limit), 1, time_limit)
+        durables = Durables(nc, options.original_stream)
+        handle_advisory = partial(handle, nc, durables, shutdown, time_limit)
+        worker = Worker(nc, options.dlq_stream, config, handle_advisory, options.concurrency, time_limit)
         with shutdown_on_signal(shutdown, lambda: f"{worker.in_flight} dead letters in flight"):
-            publishing = asyncio.create_task(
-                keep_publishing(nc, options.dlq_stream, options.original_stream, BACKOFF[0])
-            )
+            publishing = asyncio.create_task(keep_publishing(nc, options.dlq_stream, DURABLE, options.original_stream))
             try:
-                tally = await worker.run(shutdown)
+                await worker.run(shutdown)
             finally:
                 publishing.cancel()
     log.info(
         "stopped: %d dead letters done, %d attempts failed, %d advisories deleted",
-        *(tally[ack] for ack in (ACK, LEAVE, TERM)),
+        *(tally[outcome] for outcome in ("done", "failed", "deleted")),
     )
     return 0
 

@@ -3,26 +3,29 @@
 Source: https://docs.nats.io/running-a-nats-service/nats_admin/monitoring/monitoring_jetstream (advisories).
 """
 
+import asyncio
 import json
 import logging
-from datetime import datetime
-from typing import NamedTuple, TypeGuard
+from contextlib import suppress
+from typing import Any, NamedTuple, TypeGuard
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error
+from nats.js.api import PubAck
 from nats.js.errors import NotFoundError
 
 from jobqueue.arguments import is_name
 from jobqueue.errors import describe_error
 from jobqueue.in_flight import ACK
-from jobqueue.streams import NO_MESSAGE_FOUND, ack_subject, probe_ack
+from jobqueue.reading import StoredMessage, find_stored_at, get_message, parse_time
+from jobqueue.streams import Durables, ack_subject
 
 log = logging.getLogger(__name__)
 
 ADVISORY = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES"  # .<stream>.<consumer>
-REMOVE_TIMEOUT = 5.0  # seconds
-CONSUMER_NOT_FOUND = 10014  # JetStream's error code
+ADVISORY_TYPE = "io.nats.jetstream.advisory.v1.max_deliver"
+TIMEOUT = 5.0  # seconds
 
 
 class DeadLetter(NamedTuple):
@@ -32,11 +35,8 @@ class DeadLetter(NamedTuple):
     consumer: str
     deliveries: int
     sequence: int
-
-    @property
-    def ack_subject(self) -> str:
-        """The ack subject of its last delivery."""
-        return ack_subject(*self)
+    died_at: int  # nanoseconds; 0 if there is no advisory
+    max_deliver: int  # of the durable, when the message died
 
 
 async def warn_if_lost(nc: Client, stream: str, durable: str) -> None:
@@ -55,8 +55,13 @@ async def warn_if_lost(nc: Client, stream: str, durable: str) -> None:
         log.warning("cannot tell whether a stream keeps the advisories %s: %s", advisory, describe_error(error))
 
 
-def parse_advisory(advisory: bytes, stream: str) -> DeadLetter:
+def parse_advisory(advisory: bytes, stream: str, stored_at: int) -> DeadLetter:
     """Return what a MAX_DELIVERIES advisory of the stream says.
+
+    Args:
+        advisory: its payload.
+        stream: the stream's name.
+        stored_at: when the advisory was stored, in nanoseconds.
 
     Raises:
         ValueError: it is no such advisory.
@@ -70,54 +75,124 @@ def parse_advisory(advisory: bytes, stream: str) -> DeadLetter:
     consumer, deliveries, sequence = (event.get(key) for key in ("consumer", "deliveries", "stream_seq"))
     if not is_name(consumer) or not _is_number(deliveries) or not _is_number(sequence):
         raise ValueError
-    return DeadLetter(stream, consumer, deliveries, sequence)
+    died_at = stored_at
+    with suppress(ValueError):  # the advisory may have been published again since
+        died_at = min(stored_at, parse_time(str(event.get("timestamp"))))
+    max_deliver = event.get("max_deliver")
+    return DeadLetter(
+        stream, consumer, deliveries, sequence, died_at, max_deliver if type(max_deliver) is int else deliveries
+    )
 
 
-async def find_message(nc: Client, dead_letter: DeadLetter, died_at: datetime) -> Msg | None:
-    """Return the message of an advisory; None, with a log line, if it is no dead letter any more.
+def parse_stored(advisory: StoredMessage, stream: str) -> DeadLetter | None:
+    """Return what an advisory that was read from its stream says; None if it is malformed."""
+    with suppress(ValueError):
+        return parse_advisory(advisory.data, stream, advisory.stored_at)
+    return None
+
+
+async def find_message(nc: Client, durables: Durables, dead_letter: DeadLetter, advisory: Msg) -> StoredMessage | None:
+    """Return the message of an advisory; None, with a log line, if there is nothing to reprocess.
 
     Args:
         nc: the connection.
+        durables: those of the message's stream.
         dead_letter: what the advisory says.
-        died_at: when the stream of the advisories stored it.
-
-    Returns:
-        The message, whose `reply` is the ack subject of its last delivery.
+        advisory: the advisory, in flight.
 
     Raises:
         nats.errors.Error: the server didn't answer.
     """
-    js = nc.jetstream()
-    await probe_ack(nc, dead_letter.ack_subject)
-    try:
-        message = await js.get_msg(dead_letter.stream, dead_letter.sequence)
-        durable = await js.consumer_info(dead_letter.stream, dead_letter.consumer)
-    except NotFoundError as error:
-        if error.err_code == NO_MESSAGE_FOUND:
-            why = "is gone"
-        elif error.err_code == CONSUMER_NOT_FOUND:
-            why = f"will be delivered again: the durable {dead_letter.consumer} is gone"
-        else:
-            raise
-    else:
-        if message.time and message.time > died_at:
-            why = "is a later message: the stream was created again"
-        elif dead_letter.sequence > durable.delivered.stream_seq:
-            why = f"will be delivered again: {dead_letter.consumer} doesn't know of a delivery"
-        else:
-            return Msg(nc, message.subject or "", dead_letter.ack_subject, message.data or b"", message.headers)
-    log.info("nothing to reprocess: stream sequence # %d in %s %s", dead_letter.sequence, dead_letter.stream, why)
-    return None
+    # jobqueue/claims.py hears this heartbeat, and leaves the dead letter to us; or it has removed the advisory before.
+    await nc.publish(advisory.reply, Msg.Ack.Progress)
+    metadata = advisory.metadata
+    message: StoredMessage | None
+    message, durable, unclaimed = await asyncio.gather(
+        get_message(nc, dead_letter.stream, dead_letter.sequence),
+        durables.find(dead_letter.consumer),
+        get_message(nc, metadata.stream, metadata.sequence.stream),
+    )
+    why = why_alive(dead_letter, message, durable)
+    if not why and not unclaimed:
+        why = "is in the hands of dlq/manage.py"
+    if why:
+        log.info("nothing to reprocess: stream sequence # %d in %s %s", dead_letter.sequence, dead_letter.stream, why)
+        return None
+    return message
 
 
-async def remove_message(nc: Client, message: Msg, dead_letter: DeadLetter, died_at: datetime) -> None:
+def why_alive(dead_letter: DeadLetter, message: StoredMessage | None, durable: dict[str, Any] | None) -> str:
+    """Return why a message is no dead letter any more, whatever its advisory says; "" if it is.
+
+    Args:
+        dead_letter: what the advisory says.
+        message: the message, None if it is gone.
+        durable: what the server says of the durable, None if it is gone.
+    """
+    name = dead_letter.consumer
+    if not message:
+        return "is gone"
+    if not dead_letter.died_at:
+        return ""
+    if message.stored_at > dead_letter.died_at:
+        return "is a later message: the stream was created again"
+    if not durable:
+        return f"will be delivered again: the durable {name} is gone"
+    if parse_time(durable["created"]) > dead_letter.died_at:
+        return f"will be delivered again: the durable {name} was created after it had died"
+    if dead_letter.sequence > durable["delivered"]["stream_seq"]:
+        return f"will be delivered again: {name} doesn't know of a delivery"
+    limit = durable["config"]["max_deliver"]
+    if limit > dead_letter.max_deliver or limit < 0 <= dead_letter.max_deliver:
+        return f"may be delivered again: {name} has another MaxDeliver, {limit}"
+    return ""
+
+
+def as_delivered(nc: Client, message: StoredMessage, dead_letter: DeadLetter) -> Msg:
+    """Return a dead letter as its consumer got it in its last delivery."""
+    last_delivery = ack_subject(*dead_letter[:4], message.stored_at)
+    return Msg(nc, message.subject, last_delivery, message.data, message.headers or None)
+
+
+async def remove_message(nc: Client, dead_letter: DeadLetter, message: StoredMessage) -> None:
     """Remove a dead letter from its work queue by an ack of its last delivery, in spite of the stream's deny_delete.
 
     Raises:
         nats.errors.Error: the server didn't answer, and the message may still be there.
     """
-    if await find_message(nc, dead_letter, died_at):  # another message may have its sequence now
-        await nc.request(message.reply, ACK, timeout=REMOVE_TIMEOUT)
+    # Another message may have its sequence by now.
+    if await find_stored_at(nc, dead_letter.stream, message.sequence) == message.stored_at:
+        await nc.request(ack_subject(*dead_letter[:4]), ACK, TIMEOUT)
+
+
+async def publish_advisory(nc: Client, stream: str, durable: dict[str, Any], sequence: int, **headers: str) -> PubAck:
+    """Publish an advisory like the server's own; within the duplicate window it is stored once.
+
+    Args:
+        nc: the connection.
+        stream: the stream's name.
+        durable: what the server says of the durable.
+        sequence: the dead letter's stream sequence.
+        headers: for the advisory.
+
+    Raises:
+        nats.errors.Error: it may not be stored.
+    """
+    name, max_deliver = durable["name"], durable["config"]["max_deliver"]
+    message_id = f"{stream}.{name}.{sequence}.{durable['created']}.{max_deliver}"
+    advisory = {
+        "type": ADVISORY_TYPE,
+        "id": message_id,
+        "timestamp": durable["ts"],  # the server's clock, as that of the durable's creation
+        "stream": stream,
+        "consumer": name,
+        "stream_seq": sequence,
+        "deliveries": max(max_deliver, 1),
+        "max_deliver": max_deliver,
+    }
+    payload = json.dumps(advisory).encode()
+    headers = {"Nats-Msg-Id": message_id} | headers
+    return await nc.jetstream().publish(f"{ADVISORY}.{stream}.{name}", payload, TIMEOUT, headers=headers)
 
 
 def _is_number(value: object) -> TypeGuard[int]:

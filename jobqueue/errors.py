@@ -4,6 +4,7 @@ import os
 import re
 import socket
 import ssl
+import traceback
 
 from nats.errors import ConnectionReconnectingError, Error, NoRespondersError, OutboundBufferLimitError
 from nats.js.errors import APIError, NoStreamResponseError, ServerError, ServiceUnavailableError
@@ -14,6 +15,7 @@ TRANSIENT_ERRORS = (
     *(OutboundBufferLimitError, ServiceUnavailableError, ServerError),
 )
 MAX_PRINTED = 200  # characters of a payload in a log line
+MAX_TRACEBACK = 100  # lines
 UNKNOWN_AUTHORITY = (18, 19, 20, 21)  # https://docs.openssl.org/3.0/man3/X509_STORE_CTX_get_error/
 
 
@@ -21,15 +23,15 @@ class Failure(Exception):  # noqa: N818  users read its text, not its name
     """Ends a script with exit status 1. Its text is the one line that the user reads."""
 
 
-def printable(data: bytes | str) -> str:
-    """Return text from outside as one harmless piece of a log line: escaped, and cut when it is long."""
-    shown = data[: 4 * MAX_PRINTED]  # no character takes more than four bytes
+def printable(data: bytes | str, length: int = MAX_PRINTED) -> str:
+    """Return text from outside as one harmless piece of a line: escaped, and cut where it is longer than `length`."""
+    shown = data[: 4 * length]  # no character takes more than four bytes
     if isinstance(shown, bytes):
         shown = shown.decode("utf-8", "backslashreplace")
     if not shown.isprintable():
         shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
-    if len(shown) > MAX_PRINTED or len(data) > 4 * MAX_PRINTED:
-        shown = f"{shown[:MAX_PRINTED]}... ({len(data)} in all)"
+    if len(shown) > length or len(data) > 4 * length:
+        shown = f"{shown[:length]}... ({len(data)} in all)"
     return shown
 
 
@@ -58,3 +60,23 @@ def describe_error(error: BaseException) -> str:
     elif not (isinstance(error, Error) and message):
         message = f"{type(error).__name__}: {message}".removesuffix(": ")
     return printable(message)
+
+
+def describe_failure(error: BaseException, attempt: int, max_deliver: int, sequence: int) -> str:
+    """Return what a user's own exception says, and its traceback, each line of which is printable and indented.
+
+    Args:
+        error: the exception, as `TimeLimit.run` returns it.
+        attempt: the number of the attempt, from 1.
+        max_deliver: how many attempts there are before the message is a dead letter.
+        sequence: the message's stream sequence.
+    """
+    limit = f" of {max_deliver}" if attempt <= max_deliver else ""
+    lines = [f"{describe_error(error)} (attempt {attempt}{limit}, stream sequence # {sequence})"]
+    if error.__traceback__:  # its first entry is TimeLimit.run
+        own = traceback.format_exception(type(error), error, error.__traceback__.tb_next)
+        shown = "".join(own).splitlines()
+        if len(shown) > MAX_TRACEBACK:
+            shown[MAX_TRACEBACK // 2 : -MAX_TRACEBACK // 2] = ["..."]
+        lines += [f"  {printable(line)}" for line in shown]
+    return "\n".join(lines)

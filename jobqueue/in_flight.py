@@ -13,7 +13,8 @@ log = logging.getLogger(__name__)
 
 ACK = Msg.Ack.Ack
 TERM = Msg.Ack.Term
-LEAVE = b""  # no ack at all: the message is redelivered after its back-off
+NAK = Msg.Ack.Nak  # redelivered at once, or after a delay that may follow; after the last delivery it is a dead letter
+LEAVE = b""  # no ack at all: redelivered after the back-off
 
 CONFIRM_TIMEOUT = 1.0  # seconds until an unconfirmed ack is sent again
 MAX_CONFIRM_TIME = 30.0  # seconds until an unconfirmed ack is given up

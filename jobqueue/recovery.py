@@ -12,8 +12,9 @@ from nats.js.api import ConsumerConfig
 from jobqueue.errors import describe_error
 from jobqueue.in_flight import CHECK_VALID_FOR, Entry, Registry
 from jobqueue.pulling import PullRequests
+from jobqueue.reading import find_stored_at
 from jobqueue.retrying import MIN_RETRY_DELAY
-from jobqueue.streams import api_request, ensure_durable, find_stored_at
+from jobqueue.streams import api_request, ensure_durable
 
 log = logging.getLogger(__name__)
 

@@ -1,22 +1,28 @@
 """What the server knows of streams and durables, and the ack subjects of their messages."""
 
+import asyncio
 import json
+import logging
 import shlex
-from datetime import datetime
+from contextlib import suppress
 from typing import Any
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.errors import NoRespondersError
+from nats.errors import Error
 from nats.js.api import ConsumerConfig
 from nats.js.errors import APIError, NotFoundError
 
 from jobqueue.errors import Failure, printable
 from jobqueue.retrying import retry_at_start
 
+log = logging.getLogger(__name__)
+
 API_TIMEOUT = 1.0  # seconds
 VERSION_1_TOKENS = 9  # of an ack subject; version 2 has a domain and an account's hash before the stream
-NO_MESSAGE_FOUND = 10037  # JetStream's error code
+CONSUMER_NOT_FOUND, CONSUMER_EXISTS = 10014, 10148  # JetStream's error codes
+MAX_AGE = 0.5  # seconds
+DEFAULT_MAX_ACK_PENDING = 1000  # the server's
 
 
 async def api_request(nc: Client, subject: str, payload: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -48,10 +54,14 @@ async def require_stream(nc: Client, stream: str, subject: str, *command: str) -
         info = await retry_at_start(lambda: api_request(nc, f"STREAM.INFO.{stream}"), stream)
     except NotFoundError:
         raise Failure(f"there is no stream {stream}: create it with {shlex.join(command)}") from None
-    subjects = info["config"].get("subjects") or [">"]  # a mirror has those of its origin
-    if not any(subjects_overlap(subject, other) for other in subjects):
-        shown = printable(", ".join(subjects))
-        raise Failure(f"{stream} has no subject that {subject} matches: its subjects are {shown}")
+    config = info["config"]
+    subjects = config.get("subjects") or [">"]  # a mirror has those of its origin
+    if any(subjects_overlap(subject, other) for other in subjects):
+        return
+    wrong = f"{stream} has no subject that {subject} matches: its subjects are {printable(', '.join(subjects))}"
+    if not any(config.get(field) for field in ("sources", "subject_transform")):
+        raise Failure(wrong)
+    log.warning("%s, and those that it gets by its sources or transform", wrong)
 
 
 def subjects_overlap(one: str, other: str) -> bool:
@@ -73,55 +83,88 @@ async def ensure_durable(nc: Client, stream: str, config: ConsumerConfig, *, upd
         stream: the stream's name.
         config: the fields that are set here are its own.
         update: whether to change its own fields in a durable that exists. The others are an operator's, and stay.
+            So does `max_ack_pending`, unless it is the server's default.
 
     Raises:
+        Failure: the durable has another filter, which is not changed: the server would skip what doesn't match.
         nats.errors.Error: the server refuses, or doesn't answer.
     """
     durable, own = config.durable_name, {field: value for field, value in config.as_dict().items() if value}
+    subject = f"CONSUMER.CREATE.{stream}.{durable}" + (f".{config.filter_subject}" if config.filter_subject else "")
     try:
         info = await api_request(nc, f"CONSUMER.INFO.{stream}.{durable}")
     except NotFoundError:
-        wanted = own
-    else:
-        wanted = info["config"] | own
-        if wanted == info["config"] or not update:
-            return info
-    subject = f"CONSUMER.CREATE.{stream}.{durable}"
-    if wanted.get("filter_subject"):
-        subject += f".{wanted['filter_subject']}"
-    return await api_request(nc, subject, {"stream_name": stream, "config": wanted})
-
-
-async def find_stored_at(nc: Client, stream: str, sequence: int) -> int | None:
-    """Return when the message with a stream sequence was stored, in nanoseconds; None if there is none.
-
-    Any replica answers a direct get, without a leader. The leader is asked where nobody does, since the stream has no
-    `allow_direct` (nats-server 2.10 then says nothing), or where the message itself has a header `Status: 503`, which
-    nats-py takes for "no responders".
-
-    Raises:
-        nats.errors.Error: the server doesn't answer.
-    """
-    request = {"seq": sequence}
-    try:
-        answer = await nc.request(f"$JS.API.DIRECT.GET.{stream}", json.dumps(request).encode(), API_TIMEOUT)
-        time = (answer.headers or {}).get("Nats-Time-Stamp")
-    except (NoRespondersError, TimeoutError):
         try:
-            time = (await api_request(nc, f"STREAM.MSG.GET.{stream}", request))["message"]["time"]
-        except NotFoundError as error:
-            if error.err_code != NO_MESSAGE_FOUND:
+            return await api_request(nc, subject, {"stream_name": stream, "config": own, "action": "create"})
+        except APIError as error:
+            if error.err_code != CONSUMER_EXISTS:  # another process has just created it
                 raise
-            time = None
-    if not time:
-        return None
-    seconds, _, fraction = time.removesuffix("Z").partition(".")
-    return int(datetime.fromisoformat(f"{seconds}+00:00").timestamp()) * 10**9 + int(fraction.ljust(9, "0"))
+            return await ensure_durable(nc, stream, config, update=update)
+    current = info["config"]
+    if current.get("max_ack_pending") != DEFAULT_MAX_ACK_PENDING:
+        own.pop("max_ack_pending", None)
+    if not update or current | own == current:
+        return info
+    if "filter_subject" in own and (filters := subject_filters(current)) != [own["filter_subject"]]:
+        raise Failure(
+            f"the durable {durable} on {stream} takes {printable(', '.join(filters))}, not {own['filter_subject']}; "
+            "all its processes share that. To change it, stop them, run "
+            f"`nats consumer rm -f {stream} {durable}`, and start again: what was skipped is then delivered"
+        )
+    return await api_request(nc, subject, {"stream_name": stream, "config": current | own})
 
 
-def ack_subject(stream: str, durable: str, deliveries: int, sequence: int) -> str:
-    """Return the ack subject of a delivery (version 1, which every server takes), but for the numbers nobody reads."""
-    return f"$JS.ACK.{stream}.{durable}.{deliveries}.{sequence}.0.0.0"
+def subject_filters(config: dict[str, Any]) -> list[str]:
+    """Return the subject filters of a durable."""
+    return config.get("filter_subjects") or [config.get("filter_subject") or ">"]
+
+
+class Durables:
+    """What the server says of a stream's durables; the answers are half a second old at the most."""
+
+    def __init__(self, nc: Client, stream: str) -> None:
+        self._nc = nc
+        self._stream = stream
+        self._answers: dict[str, tuple[float, dict[str, Any]]] = {}
+        self._now = asyncio.get_running_loop().time
+
+    async def find(self, durable: str) -> dict[str, Any] | None:
+        """Return what the server says of a durable; None if there is none.
+
+        Raises:
+            nats.errors.Error: the server doesn't answer.
+        """
+        asked_at, answer = self._answers.get(durable, (0.0, {}))
+        if not answer or self._now() > asked_at + MAX_AGE:
+            asked_at = self._now()
+            try:
+                answer = await api_request(self._nc, f"CONSUMER.INFO.{self._stream}.{durable}")
+            except NotFoundError as error:
+                if error.err_code != CONSUMER_NOT_FOUND:
+                    raise
+                return None
+            self._answers[durable] = asked_at, answer
+        return answer
+
+    async def has_max_deliver(self, durable: str, max_deliver: int) -> bool:
+        """Return whether a durable has this MaxDeliver; an operator or another process may have changed it."""
+        with suppress(Error, TimeoutError):
+            info = await self.find(durable)
+            return bool(info and info["config"]["max_deliver"] == max_deliver)
+        return False
+
+
+def ack_subject(stream: str, durable: str, deliveries: int, sequence: int, stored_at: int = 0) -> str:
+    """Return the ack subject of a delivery (version 1, which every server takes), but for the numbers nobody reads.
+
+    Args:
+        stream: the stream's name.
+        durable: the durable's name.
+        deliveries: how often the message had been delivered with this one.
+        sequence: the message's stream sequence.
+        stored_at: when the message was stored, in nanoseconds.
+    """
+    return f"$JS.ACK.{stream}.{durable}.{deliveries}.{sequence}.0.{stored_at}.0"
 
 
 def parse_ack_subject(subject: str) -> tuple[int, int]:

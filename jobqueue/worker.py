@@ -36,7 +36,7 @@ class Worker:
         nc: the connection.
         stream: the stream's name.
         config: the durable's configuration.
-        handle: processes one message and returns ACK, TERM or LEAVE; an exception is logged and means LEAVE.
+        handle: processes one message and returns ACK, TERM, NAK or LEAVE; an exception is logged and means LEAVE.
         concurrency: how many messages are processed at a time.
         time_limit: what `handle` runs the user's work with.
     """
@@ -71,7 +71,7 @@ class Worker:
         """Process messages until the shutdown, then finish what is in flight.
 
         Returns:
-            How many deliveries were acked (ACK), terminated (TERM) and left (LEAVE).
+            How many deliveries had each ack.
 
         Raises:
             Failure: the durable cannot be created.

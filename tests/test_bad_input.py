@@ -9,19 +9,7 @@ from pathlib import Path
 import pytest
 from nats.aio.client import Client
 
-from tests.harness import (
-    CONSUMER,
-    DLQ,
-    PUBLISHER,
-    Server,
-    durable_info,
-    emptied,
-    messages,
-    publish,
-    request,
-    serving,
-    started,
-)
+from tests.harness import CONSUMER, DLQ, PUBLISHER, Server, emptied, messages, publish, request, serving, started
 
 UNKNOWN_HOST = (
     "Name or service not known" if sys.platform == "linux" else "nodename nor servname provided, or not known"
@@ -103,14 +91,37 @@ async def test_what_is_not_there(server: Server, command: tuple[str, ...], line:
     assert (script.process.returncode, script.messages) == (1, [line])
 
 
-async def test_a_filter_that_takes_the_place_of_another_is_told(server: Server, nc: Client) -> None:
+async def test_another_filter_than_the_durables_is_refused(server: Server, nc: Client) -> None:
+    """The server would skip what doesn't match, for good."""
+    await publish(nc, b"order-0", subject="orders.urgent")
+    await publish(nc, b"order-1")
     async with server.script(*CONSUMER[:2], "orders.new", "--failure-rate", "0") as first:
-        await durable_info(nc, "orders_stream", "processor")
-        async with server.script(*CONSUMER[:2], "orders.urgent", "--failure-rate", "0") as second:
-            await second.line("all consumers of orders_stream get orders.urgent from now on, instead of orders.new")
-            await publish(nc, b"order-0", subject="orders.urgent")
-            await emptied(nc, "orders_stream")
-        assert not first.found("all .*")
+        await first.line("received order-1 .*")
+        second = await server.run(*CONSUMER)
+        assert (second.process.returncode, second.messages) == (
+            1,
+            [
+                "the durable processor on orders_stream takes orders.new, not orders.*; all its processes share that. "
+                "To change it, stop them, run `nats consumer rm -f orders_stream processor`, and start again: what was "
+                "skipped is then delivered"
+            ],
+        )
+        await first.stop()
+    removed = await server.run(*second.messages[0].split("`")[1].split())
+    assert removed.process.returncode == 0
+    async with server.script(*CONSUMER, "--failure-rate", "0"):
+        await emptied(nc, "orders_stream")
+
+
+async def test_a_filter_that_only_a_source_or_a_transform_can_match_is_taken(bare_server: Server, nc: Client) -> None:
+    transform = {"src": "orders.new", "dest": "done.new"}
+    config = {"name": "orders_stream", "subjects": ["orders.*"], "retention": "workqueue"}
+    await request(nc, "STREAM.CREATE.orders_stream", config | {"subject_transform": transform})
+    await bare_server.run("scripts/create_orders_unprocessed.sh")
+    async with bare_server.script(*CONSUMER[:2], "done.*", "--failure-rate", "0") as consumer:
+        await consumer.line(".* has no subject that done.* matches: .*, and those that it gets by its sources .*")
+        await publish(nc, b"order-0")
+        await consumer.line("received order-0 .*")
 
 
 async def test_a_filter_that_overlaps_another_durables(server: Server, nc: Client) -> None:

@@ -1,0 +1,145 @@
+"""Reading a stream's messages by their sequences. A work queue takes no second consumer that could read them."""
+
+import asyncio
+import base64
+import json
+import re
+from collections.abc import Awaitable, Callable, Iterable
+from datetime import datetime
+from typing import Any, NamedTuple, TypeVar
+
+from nats.aio.client import Client
+from nats.errors import NoRespondersError
+from nats.js.errors import NotFoundError
+
+from jobqueue.streams import API_TIMEOUT, api_request
+
+NO_MESSAGE_FOUND = 10037  # JetStream's error code
+AT_A_TIME = 64  # requests, so that a round trip of 100 ms costs a minute for 40,000 messages
+TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)")
+
+T = TypeVar("T")
+
+
+class StoredMessage(NamedTuple):
+    """A message as its stream has it."""
+
+    sequence: int
+    subject: str
+    stored_at: int  # nanoseconds
+    data: bytes
+    headers: dict[str, str]
+
+
+async def get_message(nc: Client, stream: str, sequence: int, subject: str | None = None) -> StoredMessage | None:
+    """Return the message with a stream sequence, as the stream's leader has it; None if there is none.
+
+    Args:
+        nc: the connection.
+        stream: the stream's name.
+        sequence: the stream sequence.
+        subject: where given, the first message from that sequence on whose subject this matches is returned.
+
+    Raises:
+        nats.errors.Error: the server doesn't answer, or there is no such stream.
+    """
+    request: dict[str, Any] = {"seq": sequence} | ({"next_by_subj": subject} if subject else {})
+    try:
+        found = (await api_request(nc, f"STREAM.MSG.GET.{stream}", request))["message"]
+    except NotFoundError as error:
+        if error.err_code == NO_MESSAGE_FOUND:
+            return None
+        raise
+    headers = await nc._process_headers(base64.b64decode(found["hdrs"])) if "hdrs" in found else None
+    data = base64.b64decode(found.get("data", ""))
+    return StoredMessage(found["seq"], found["subject"], parse_time(found["time"]), data, headers or {})
+
+
+async def read_messages(
+    nc: Client, stream: str, subject: str, ranges: Iterable[tuple[int, int]], keep: Callable[[StoredMessage], T]
+) -> list[T]:
+    """Return what `keep` makes of each message in some ranges of stream sequences, in their order.
+
+    Each request finds the next message, so gaps cost nothing. Where a reader is free, it takes half of another's range.
+
+    Args:
+        nc: the connection.
+        stream: the stream's name.
+        subject: which messages; it may have wildcards.
+        ranges: the first and the last sequence of each.
+        keep: is called with each message; only what it returns stays in memory.
+
+    Raises:
+        nats.errors.Error: the server doesn't answer.
+    """
+    kept: dict[int, T] = {}
+    unread = list(ranges)[::-1]
+    reading = 0
+
+    async def read() -> None:
+        nonlocal reading
+        while unread:
+            first, last = unread.pop()
+            while first <= last:
+                message = await get_message(nc, stream, first, subject)
+                if message is None or message.sequence > last:
+                    break
+                kept[message.sequence] = keep(message)
+                first = message.sequence + 1
+                if reading < AT_A_TIME and first < last:
+                    middle = (first + last) // 2
+                    unread.append((middle + 1, last))
+                    last = middle
+                    reading += 1
+                    tasks.create_task(read())
+        reading -= 1
+
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(min(AT_A_TIME, len(unread))):
+            reading += 1
+            tasks.create_task(read())
+    return [kept[sequence] for sequence in sorted(kept)]
+
+
+async def gather_some(calls: Iterable[Callable[[], Awaitable[T]]]) -> list[T]:
+    """Return what the calls return, AT_A_TIME of them at a time."""
+    limit = asyncio.Semaphore(AT_A_TIME)
+
+    async def run(call: Callable[[], Awaitable[T]]) -> T:
+        async with limit:
+            return await call()
+
+    return await asyncio.gather(*map(run, calls))
+
+
+async def find_stored_at(nc: Client, stream: str, sequence: int) -> int | None:
+    """Return when the message with a stream sequence was stored, in nanoseconds; None if there is none.
+
+    Any replica answers a direct get, without a leader. The leader is asked where nobody does, since the stream has no
+    `allow_direct` (nats-server 2.10 then says nothing), or where the message itself has a header `Status: 503`, which
+    nats-py takes for "no responders".
+
+    Raises:
+        nats.errors.Error: the server doesn't answer.
+    """
+    request = json.dumps({"seq": sequence}).encode()
+    try:
+        answer = await nc.request(f"$JS.API.DIRECT.GET.{stream}", request, API_TIMEOUT)
+    except (NoRespondersError, TimeoutError):
+        message = await get_message(nc, stream, sequence)
+        return message and message.stored_at
+    time = (answer.headers or {}).get("Nats-Time-Stamp")
+    return parse_time(time) if time else None
+
+
+def parse_time(time: str) -> int:
+    """Return the nanoseconds since 1970 of a time as the server writes it.
+
+    Raises:
+        ValueError: it is no time.
+    """
+    parts = TIME.fullmatch(time)
+    if not parts:
+        raise ValueError
+    seconds, fraction, zone = parts.groups()
+    return int(datetime.fromisoformat(seconds + zone).timestamp()) * 10**9 + int((fraction or "").ljust(9, "0"))
