@@ -160,8 +160,11 @@ async def remove_message(nc: Client, dead_letter: DeadLetter, message: StoredMes
     Raises:
         nats.errors.Error: the server didn't answer, and the message may still be there.
     """
-    # Another message may have its sequence by now.
-    if await find_stored_at(nc, dead_letter.stream, message.sequence) == message.stored_at:
+    # Another message may have its sequence, if the stream was deleted and created again meanwhile.
+    is_same = message.is_fresh(nc) or message.stored_at == await find_stored_at(
+        nc, dead_letter.stream, message.sequence
+    )
+    if is_same:
         await nc.request(ack_subject(*dead_letter[:4]), ACK, TIMEOUT)
 
 

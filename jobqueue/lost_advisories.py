@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 LOOK_INTERVAL = 2.5  # seconds between two looks
 SHORT_INTERVAL = 0.5  # seconds, where somebody waits for the result
 MIN_LOOKS = 3
+RARELY = 10  # looks, one of which looks for malformed advisories where nothing is dead
 MAX_SHARE = 0.25  # of the time for looks; with many dead letters a look takes long
 
 Found = tuple[dict[str, Any], list[int]]  # a durable, and the stream sequences of its dead letters
@@ -74,6 +75,7 @@ class Search:
         self._dlq_durable = dlq_durable
         self._stream = stream
         self._watches: dict[str, Watch] = {}  # by durable
+        self._looks = 0
         self._count = 0  # of dead letters without an advisory, a few more or less
         self._handlers = Durables(nc, dlq_stream)
         self._advisories = Watch(nc, dlq_stream, dlq_durable, self._read_none, is_due)
@@ -115,7 +117,8 @@ class Search:
         if info["config"]["retention"] != "workqueue":
             raise Error(f"{self._stream} is no work queue, and keeps what is done")
         self._count = dead = count_dead(info, durables)
-        if dead <= 0 and not self.is_watching and not self._advisories.suspects:
+        self._looks += 1
+        if dead <= 0 and not self.is_watching and not self._advisories.suspects and self._looks % RARELY:
             return [], []
         dlq, handler = await asyncio.gather(
             api_request(self._nc, f"STREAM.INFO.{self._dlq_stream}"), self._handlers.find(self._dlq_durable)

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import re
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from datetime import datetime
 from typing import Any, NamedTuple, TypeVar
@@ -16,6 +17,7 @@ from jobqueue.streams import API_TIMEOUT, api_request
 
 NO_MESSAGE_FOUND = 10037  # JetStream's error code
 AT_A_TIME = 64  # requests, so that a round trip of 100 ms costs a minute for 40,000 messages
+FRESH_FOR = 0.5  # seconds
 TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)")
 
 T = TypeVar("T")
@@ -29,6 +31,12 @@ class StoredMessage(NamedTuple):
     stored_at: int  # nanoseconds
     data: bytes
     headers: dict[str, str]
+    read_at: float  # time.monotonic()
+    reconnects: int  # of the connection until then
+
+    def is_fresh(self, nc: Client) -> bool:
+        """Return whether it was read so recently that its sequence cannot have another message."""
+        return time.monotonic() - self.read_at < FRESH_FOR and self.reconnects == nc.stats["reconnects"]
 
 
 async def get_message(nc: Client, stream: str, sequence: int, subject: str | None = None) -> StoredMessage | None:
@@ -43,6 +51,7 @@ async def get_message(nc: Client, stream: str, sequence: int, subject: str | Non
     Raises:
         nats.errors.Error: the server doesn't answer, or there is no such stream.
     """
+    now = time.monotonic(), nc.stats["reconnects"]
     request: dict[str, Any] = {"seq": sequence} | ({"next_by_subj": subject} if subject else {})
     try:
         found = (await api_request(nc, f"STREAM.MSG.GET.{stream}", request))["message"]
@@ -52,7 +61,7 @@ async def get_message(nc: Client, stream: str, sequence: int, subject: str | Non
         raise
     headers = await nc._process_headers(base64.b64decode(found["hdrs"])) if "hdrs" in found else None
     data = base64.b64decode(found.get("data", ""))
-    return StoredMessage(found["seq"], found["subject"], parse_time(found["time"]), data, headers or {})
+    return StoredMessage(found["seq"], found["subject"], parse_time(found["time"]), data, headers or {}, *now)
 
 
 async def read_messages(
@@ -128,17 +137,17 @@ async def find_stored_at(nc: Client, stream: str, sequence: int) -> int | None:
     except (NoRespondersError, TimeoutError):
         message = await get_message(nc, stream, sequence)
         return message and message.stored_at
-    time = (answer.headers or {}).get("Nats-Time-Stamp")
-    return parse_time(time) if time else None
+    stored_at = (answer.headers or {}).get("Nats-Time-Stamp")
+    return parse_time(stored_at) if stored_at else None
 
 
-def parse_time(time: str) -> int:
+def parse_time(text: str) -> int:
     """Return the nanoseconds since 1970 of a time as the server writes it.
 
     Raises:
         ValueError: it is no time.
     """
-    parts = TIME.fullmatch(time)
+    parts = TIME.fullmatch(text)
     if not parts:
         raise ValueError
     seconds, fraction, zone = parts.groups()

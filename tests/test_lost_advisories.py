@@ -2,6 +2,9 @@
 
 import asyncio
 import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from itertools import count
 from pathlib import Path
 
 from nats.aio.client import Client
@@ -10,9 +13,12 @@ from tests.harness import (
     ADVISORIES,
     CONSUMER,
     DLQ,
+    PATIENCE,
+    Script,
     Server,
     dead_letters,
     durable_info,
+    edited,
     emptied,
     holds,
     messages,
@@ -82,18 +88,20 @@ async def test_an_order_that_died_while_the_dlq_was_full_is_found(server: Server
         assert dlq.found("reprocessing order (.*)") == ["order-0", "order-1"]
 
 
-async def test_an_advisory_whose_deliveries_are_used_up_is_taken_up_again(
+async def test_a_dead_letter_whose_reprocessing_fails_is_tried_again_at_growing_intervals(
     server: Server, nc: Client, tmp_path: Path
 ) -> None:
     await dead_letters(nc, b"order-0")
     fixed = tmp_path / "fixed"
     body = f"if not __import__('os').path.exists({str(fixed)!r}):\n        raise ValueError"
     async with server.script(with_body("dlq/consumer.py", "reprocess", body, tmp_path), *DLQ[1:]) as dlq:
-        await dlq.line("order-0 stays in orders_stream, and will be tried again within two minutes")
+        await dlq.line("order-0 stays in orders_stream; next attempt in 10 s")
+        await dlq.line(r"error reprocessing order order-0: ValueError \(attempt 3, stream sequence # 1\)")
+        await dlq.line("order-0 stays in orders_stream; next attempt in 20 s")
+        assert [await messages(nc, stream) for stream in BOTH] == [1, 1]
         fixed.touch()
         await emptied(nc, *BOTH)
-        assert len(dlq.found("reprocessing order order-0")) == 3
-        assert dlq.found("dead letter # 1 in orders_stream had no advisory left: published one")
+        assert len(dlq.found("reprocessing order order-0")) == 4
 
 
 async def test_a_dlq_that_was_killed_twice_with_an_advisory_takes_it_up_again(
@@ -108,6 +116,82 @@ async def test_a_dlq_that_was_killed_twice_with_an_advisory_takes_it_up_again(
     async with server.script(*DLQ) as dlq:
         await emptied(nc, *BOTH)
         assert dlq.found("reprocessing order (.*)") == ["order-0"]
+
+
+@asynccontextmanager
+async def traffic(nc: Client) -> AsyncIterator[None]:
+    """Publish ten orders a second, one in ten of them a slow one, until the block ends."""
+
+    async def publish_on() -> None:
+        for i in count():
+            await publish(nc, b"slow-%d" % i if i % 10 == 0 else b"quick-%d" % i)
+            await asyncio.sleep(0.1)
+
+    publishing = asyncio.create_task(publish_on())
+    try:
+        yield
+    finally:
+        publishing.cancel()
+
+
+BUSY = """
+async def process(order: Msg) -> None:
+    if order.data.startswith(b"dead"):
+        raise ValueError
+    log.info("began %s", printable(order.data))
+    await asyncio.sleep(14 if order.data.startswith(b"slow") else 0.01)
+"""
+
+
+@asynccontextmanager
+async def busy(server: Server, nc: Client, directory: Path) -> AsyncIterator[tuple[Script, Script]]:
+    """Run a consumer in traffic that never stops, with work that takes longer than all back-offs, and the DLQ."""
+    consumer = (edited("consumer/consumer.py", BUSY, directory), *CONSUMER[1:], "--concurrency", "64")
+    async with server.script(*consumer) as working, server.script(*DLQ) as dlq, traffic(nc):
+        yield working, dlq
+    begun = working.found("began (.*)")
+    assert len(begun) == len(set(begun)), "done twice"
+    assert not set(begun) & set(dlq.found("reprocessing order (.*)")), "living orders were reprocessed"
+
+
+async def test_dead_letters_without_advisory_are_found_on_a_queue_that_is_never_idle(
+    server: Server, nc: Client, tmp_path: Path
+) -> None:
+    await dead_letters(nc, b"dead-0", b"dead-1")
+    await request(nc, "STREAM.PURGE.orders_unprocessed")
+    async with busy(server, nc, tmp_path) as (consumer, dlq):
+        await dlq.line("reprocessing order .*", 2)
+        assert sorted(dlq.found("reprocessing order (.*)")) == ["dead-0", "dead-1"]
+        await consumer.line("began slow-50")
+        assert len(dlq.found("reprocessing .*")) == 2
+
+
+async def test_orders_that_died_since_max_deliver_was_lowered_are_found_under_traffic(
+    server: Server, nc: Client, tmp_path: Path
+) -> None:
+    """Servers from 2.11 on publish no advisory for them."""
+    code = BUSY + "\n\nBACKOFF = [2.0]\nMAX_DELIVER = 9\n"
+    (tmp_path / "patient").mkdir()
+    patient = (edited("consumer/consumer.py", code, tmp_path / "patient"), *CONSUMER[1:], "--concurrency", "64")
+    await publish(nc, *(b"dead-%d" % i for i in range(5)))
+    async with server.script(*patient) as consumer:
+        await consumer.line("error processing dead-.: ValueError .attempt 4 of 9.*", 5)
+        await consumer.stop()
+    async with busy(server, nc, tmp_path) as (_, dlq):
+        await dlq.line("reprocessing order dead-.", 5)
+        assert sorted(dlq.found("reprocessing order (.*)")) == [f"dead-{i}" for i in range(5)]
+
+
+async def test_a_look_costs_two_requests_while_nothing_is_dead(server: Server, nc: Client) -> None:
+    subscription = await nc.subscribe("$JS.API.>")
+    async with server.script(*DLQ) as dlq:
+        requests: list[str] = []
+        while requests.count("$JS.API.CONSUMER.LIST.orders_stream") < 5:
+            subject = (await subscription.next_msg(PATIENCE)).subject
+            requests += [subject] * ("MSG.NEXT" not in subject)
+        # The first looks come while the processor starts.
+        assert requests[-4:] == ["$JS.API.STREAM.INFO.orders_stream", "$JS.API.CONSUMER.LIST.orders_stream"] * 2
+        assert await dlq.stop() == 0
 
 
 async def test_each_durable_is_looked_at_by_its_own_filter(server: Server, nc: Client) -> None:
@@ -169,4 +253,4 @@ async def test_a_stuck_advisory_that_is_malformed_goes(server: Server, nc: Clien
     await subscription.unsubscribe()
     async with server.script(*DLQ) as dlq:
         await emptied(nc, "orders_unprocessed")
-        assert not dlq.lines
+        assert dlq.messages == ["deleted, for it is no advisory of orders_stream: junk"]
