@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import AsyncIterator, Iterable
 from datetime import datetime
 from functools import partial
 
@@ -121,7 +122,19 @@ async def select(nc: Client) -> dict[int, Item]:
     return {sequence: items[sequence] for sequence in sorted(items) if not wanted or sequence in wanted}
 
 
-async def handle_batch(nc: Client, claims: Claims, batch: list[tuple[Item, StoredMessage]]) -> int:
+async def still_dead(
+    nc: Client, durables: Durables, items: Iterable[Item]
+) -> AsyncIterator[tuple[Item, StoredMessage]]:
+    """Yield the items that are dead letters, with their orders; log the others."""
+    async for item, order, why in check(nc, durables, items):
+        if order and not why:
+            yield item, order
+        else:
+            sequence = item.dead_letter.sequence
+            log.error("# %d in %s is no dead letter: it %s", sequence, options.original_stream, why)
+
+
+async def handle_batch(nc: Client, claims: Claims, durables: Durables, batch: list[Item]) -> int:
     """Send back or discard some dead letters, and return how many are done."""
     handle = send_back if options.command == "retry" else discard
     stream = options.original_stream
@@ -136,12 +149,15 @@ async def handle_batch(nc: Client, claims: Claims, batch: list[tuple[Item, Store
         return True
 
     ours = []
-    for (item, order), is_ours in zip(batch, await claims.claim(item for item, _ in batch), strict=True):
+    for item, is_ours in zip(batch, await claims.claim(batch), strict=True):
         if is_ours:
-            ours.append(partial(handle_one, item, order))
+            ours.append(item)
         else:
-            log.error("# %d in %s is left: a DLQ processor has it in flight", order.sequence, stream)
-    return sum(await gather_some(ours))
+            log.error("# %d in %s is left: a DLQ processor has it in flight", item.dead_letter.sequence, stream)
+    # Some may have been done before they were claimed.
+    return sum(
+        await gather_some([partial(handle_one, item, order) async for item, order in still_dead(nc, durables, ours)])
+    )
 
 
 async def show_all(nc: Client) -> int:
@@ -162,21 +178,12 @@ async def handle_all(nc: Client) -> int:
     wanted, done = len(items) if options.all else len(set(options.sequences)), 0
     claims = Claims(nc, options.dlq_stream, DURABLE, durables)
     await claims.start()
-    batch: list[tuple[Item, StoredMessage]] = []
+    unhandled = list(items.values())
     with shutdown_on_signal(shutdown, lambda: "the dead letters in hand"):
-        async for item, order, why in check(nc, durables, items.values()):
-            if order and not why:
-                batch.append((item, order))
-            else:
-                sequence = item.dead_letter.sequence
-                log.error("# %d in %s is no dead letter: it %s", sequence, options.original_stream, why)
-            if len(batch) == BATCH:
-                done += await handle_batch(nc, claims, batch)
-                batch = []
-            if shutdown.is_set():
-                break
-        else:
-            done += await handle_batch(nc, claims, batch)
+        while unhandled and not shutdown.is_set():
+            batch, unhandled = unhandled[:BATCH], unhandled[BATCH:]
+            dead = [item async for item, _ in still_dead(nc, durables, batch)]
+            done += await handle_batch(nc, claims, durables, dead)
     log.info("%d of %d dead letters %s", done, wanted, "sent back" if options.command == "retry" else "discarded")
     return 0 if done == wanted else 1
 

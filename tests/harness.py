@@ -433,11 +433,17 @@ async def publish(nc: Client, *orders: bytes, subject: str = "orders.new", **hea
     await asyncio.gather(*pending)
 
 
-async def dead_letters(nc: Client, *orders: bytes, durable: str = "processor", backoff: float = 0.1) -> None:
+async def dead_letters(
+    nc: Client,
+    *orders: bytes,
+    durable: str = "processor",
+    backoff: float = 0.1,
+    headers: Mapping[str, str] | None = None,
+) -> None:
     """Publish orders and let each be delivered twice without an ack, by a durable of the article's kind."""
     js = nc.jetstream()
     before = (await state(nc, "orders_unprocessed"))["last_seq"]
-    await publish(nc, *orders)
+    await publish(nc, *orders, **(headers or {}))
     config = ConsumerConfig(
         name=durable,
         durable_name=durable,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js.api import AckPolicy, ConsumerConfig
 
@@ -24,6 +25,7 @@ from tests.harness import (
     ROOT,
     dead_letters,
     emptied,
+    holds,
     knows_acks_of_version_2,
     messages,
     publish,
@@ -285,7 +287,9 @@ async def test_what_the_account_limits_of_durables_and_storage(cloud: Cloud, tmp
 
 ROLES = {
     role: [re.findall(r"`([^`]+)`", cell) for cell in cells.split("|")]
-    for role, cells in re.findall(r"^\| ((?:publisher|consumer|DLQ processor)) \| (`.*`) \|$", README, re.MULTILINE)
+    for role, cells in re.findall(
+        r"^\| ((?:publisher|consumer|DLQ processor|operator)) \| (`.*`) \|$", README, re.MULTILINE
+    )
 }
 
 
@@ -325,7 +329,7 @@ async def _work_with_the_permissions_of_the_readme(cloud: Cloud, tmp_path: Path)
         CONSUMER[0], "process", "await asyncio.sleep(0.6)\n    assert order.data != b'order-1'", tmp_path
     )
     dlq_script = with_body(DLQ[0], "reprocess", "await asyncio.sleep(0.6)", tmp_path)
-    publisher, worker, dlq_processor = (_user(cloud, role) for role in ROLES)
+    publisher, worker, dlq_processor, operator = (_user(cloud, role) for role in ROLES)
     async with cloud.client("admin.creds") as nc:
         for subject in ("orders.*", "$JS.>"):
             await nc.subscribe(subject, cb=see)
@@ -344,12 +348,29 @@ async def _work_with_the_permissions_of_the_readme(cloud: Cloud, tmp_path: Path)
                 await dlq.line("reprocessing order order-1")
                 await emptied(nc, "orders_stream", "orders_unprocessed")
                 assert await dlq.stop() == 0
+            await publish(nc, b"order-1", b"order-1", b"order-1")
+            await running.line("order-1 will be processed via DLQ", 4)
             assert await running.stop() == 0
+        await _manage_all(cloud, nc, operator)
     assert dlq.found("nothing to reprocess: .*") == [
         "nothing to reprocess: stream sequence # 2 in orders_stream will be delivered again: the durable other is gone"
     ]
     assert len(dlq.lines) == 5, dlq.lines
     return seen
+
+
+async def _manage_all(cloud: Cloud, nc: Client, operator: dict[str, str]) -> None:
+    """Send back and discard three dead letters, one of which has no advisory."""
+    manage = ("dlq/manage.py", *DLQ[1:])
+    await until(lambda: holds(nc, "orders_unprocessed", 3))
+    await request(nc, "STREAM.PURGE.orders_unprocessed", {"keep": 2})
+    await request(nc, "CONSUMER.DELETE.orders_unprocessed.unprocessed_order_handler")
+    listed = await cloud.run(*manage, "list", "--json", **operator)
+    sequences = [str(json.loads(line)["sequence"]) for line in listed.lines if line.startswith("{")]
+    assert len(sequences) == 3
+    for command in (("retry", sequences[1]), ("retry", sequences[0]), ("discard", sequences[2])):
+        assert (await cloud.run(*manage, *command, **operator)).process.returncode == 0
+    assert [await messages(nc, stream) for stream in ("orders_stream", "orders_unprocessed")] == [2, 0]
 
 
 async def test_what_may_not_be_acked_by_the_servers_form_is_not_worked_on(
@@ -415,7 +436,7 @@ async def test_the_permissions_in_the_readme_allow_nothing_else(cloud: Cloud) ->
             return len(refused) >= len(forbidden) + 5  # noqa: B023
 
         async with cloud.client(role, error_cb=see) as nc:
-            streams = ["secrets"] + ([] if role == "DLQ processor" else ["orders_unprocessed"])
+            streams = ["secrets"] + ([] if role in ("DLQ processor", "operator") else ["orders_unprocessed"])
             forbidden = [
                 *(f"$JS.API.STREAM.{what}.{stream}" for what in ("MSG.GET", "INFO") for stream in streams),
                 *(f"$JS.API.DIRECT.GET.{stream}" for stream in streams),
