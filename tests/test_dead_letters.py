@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from nats.aio.client import Client
 
 from tests.harness import (
@@ -119,9 +120,10 @@ async def test_a_consumer_whose_max_deliver_is_not_the_durables_leaves_that_to_o
         assert consumer.messages == ["error processing order-0"] * 3
 
 
+@pytest.mark.faults
 async def test_orders_that_wait_for_a_retry_hold_up_no_others(server: Server, nc: Client, tmp_path: Path) -> None:
     code = """
-BACKOFF = [600.0]
+BACKOFF = [60.0]
 
 
 async def process(order: Msg) -> None:
@@ -130,10 +132,10 @@ async def process(order: Msg) -> None:
     log.info("done %s", printable(order.data))
 """
     consumer = (edited("consumer/consumer.py", code, tmp_path), *CONSUMER[1:], "--concurrency", "16")
-    await publish(nc, *(b"bad-%d" % i for i in range(1500)), *(b"good-%d" % i for i in range(20)))
+    await publish(nc, *(b"bad-%d" % i for i in range(5000)), *(b"good-%d" % i for i in range(20)))
     async with server.script(*consumer) as running:
         await running.line("done .*", 20)
-        assert len(running.found(r"error processing bad-\d+: .*")) == 1500
+        assert len(running.found(r"error processing bad-\d+: .*")) == 5000
 
 
 async def test_max_ack_pending_is_raised_where_it_is_the_servers_default(server: Server, nc: Client) -> None:

@@ -5,7 +5,9 @@ import hashlib
 import json
 import random
 import signal
+from collections.abc import Iterable
 from contextlib import AsyncExitStack
+from itertools import count
 from pathlib import Path
 
 import hypothesis
@@ -230,6 +232,78 @@ async def test_durable_deleted(server: Server, nc: Client, rng: random.Random, s
         print(await settled(nc, group, published))
         complaints = {line for script in group.all for line in script.found("orders_stream: (.*); trying again")}
         assert complaints <= {"409 Consumer Deleted", "503 no responders"}
+
+
+async def test_advisories_lost_on_a_queue_that_is_never_idle(
+    server: Server, nc: Client, rng: random.Random, soak: int
+) -> None:
+    published = names(1200 * soak)
+    config = (await request(nc, "STREAM.INFO.orders_unprocessed"))["config"]
+    async with process_group(server, 3, *LOAD[:-1], "0.4") as group:
+        for first in range(0, len(published), 40):
+            await publish(nc, *(name.encode() for name in published[first : first + 40]))
+            keeps = config if rng.random() < 0.6 else config | {"subjects": [f"{ADVISORIES}.nobody"]}
+            await request(nc, "STREAM.UPDATE.orders_unprocessed", keeps)
+            await asyncio.sleep(rng.uniform(0.5, 1.5))
+        await request(nc, "STREAM.UPDATE.orders_unprocessed", config)
+        account = await settled(nc, group, published)
+        lost = [line for script in group.all for line in script.found("dead letter .* had no advisory: published one")]
+        print(f"{len(lost)} advisories lost; {account}")
+    assert lost
+
+
+async def test_what_all_work_depends_on_is_away(
+    server: Server, nc: Client, rng: random.Random, soak: int, tmp_path: Path
+) -> None:
+    """For 40 s `process` and `reprocess` fail; two minutes later all is done, although orders keep coming."""
+    away = tmp_path / "away"
+    away.touch()
+    body = f"""from pathlib import Path
+    if Path({str(away)!r}).exists():
+        raise ConnectionError
+    log.info("done with %s", printable(order.data))"""
+    consumer = (with_body("consumer/consumer.py", "process", body, tmp_path), *CONSUMER[1:], "--concurrency", "4")
+    dlq = (with_body("dlq/consumer.py", "reprocess", body, tmp_path), *DLQ[1:], "--concurrency", "4")
+    async with server.script(*consumer) as working, server.script(*dlq) as reprocessing:
+
+        def done() -> list[str]:
+            return working.found("done with (.*)") + reprocessing.found("done with (.*)")
+
+        async def traffic(numbers: Iterable[int]) -> None:
+            for number in numbers:
+                await publish(nc, b"order-%d" % number)
+                await asyncio.sleep(0.1)
+
+        before = 400 * soak
+        await traffic(range(before))
+        away.unlink()
+        died = len(reprocessing.found("order-.* stays in .*"))
+        coming = asyncio.create_task(traffic(count(before)))
+        async with asyncio.timeout(120):
+            while not set(names(before)) <= set(done()):
+                await asyncio.sleep(0.5)
+        coming.cancel()
+        assert len(done()) == len(set(done()))
+        print(f"{before} orders while it was away, {died} failed in reprocess: all done once")
+
+
+async def test_durable_deleted_while_dead_letters_wait(
+    server: Server, nc: Client, rng: random.Random, soak: int, tmp_path: Path
+) -> None:
+    """They are delivered again, and none is taken for dead meanwhile."""
+    published = names(300 * soak)
+    orders = [name.encode() for name in published]
+    await dead_letters(nc, *orders)
+    failing = with_body("dlq/consumer.py", "reprocess", "raise ConnectionError", tmp_path)
+    async with server.script(failing, *DLQ[1:], "--concurrency", "16") as dlq:
+        await dlq.line("order-.* stays in .*", rng.randrange(1, len(orders)))
+        await request(nc, "CONSUMER.DELETE.orders_stream.processor")
+        slow = (*CONSUMER, "--failure-rate", "0", "--work-time", "6", "--concurrency", "64")
+        async with server.script(*slow) as consumer:
+            await emptied(nc, "orders_stream", "orders_unprocessed")
+            assert sorted(consumer.found("received (.*) from .*")) == sorted(published)
+        reprocessed = len(dlq.found("nothing to reprocess: .* will be delivered again: .*"))
+        print(f"{len(orders)} dead letters: all delivered again and done once, {reprocessed} advisories out of date")
 
 
 async def test_stream_deleted_and_created_again(server: Server, nc: Client, rng: random.Random, soak: int) -> None:

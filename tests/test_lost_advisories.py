@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from itertools import count
 from pathlib import Path
 
+import pytest
 from nats.aio.client import Client
 
 from tests.harness import (
@@ -154,6 +155,7 @@ async def busy(server: Server, nc: Client, directory: Path) -> AsyncIterator[tup
     assert not set(begun) & set(dlq.found("reprocessing order (.*)")), "living orders were reprocessed"
 
 
+@pytest.mark.faults
 async def test_dead_letters_without_advisory_are_found_on_a_queue_that_is_never_idle(
     server: Server, nc: Client, tmp_path: Path
 ) -> None:
@@ -166,6 +168,7 @@ async def test_dead_letters_without_advisory_are_found_on_a_queue_that_is_never_
         assert len(dlq.found("reprocessing .*")) == 2
 
 
+@pytest.mark.faults
 async def test_orders_that_died_since_max_deliver_was_lowered_are_found_under_traffic(
     server: Server, nc: Client, tmp_path: Path
 ) -> None:

@@ -170,6 +170,7 @@ async def test_it_is_safe_beside_dlq_processors_consumers_and_itself(
         assert len(sent) > 100
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("command", [("retry", "--all"), ("discard", "--all", "--yes")])
 async def test_it_may_be_killed_between_its_steps_and_run_again(
     server: Server, nc: Client, rng: random.Random, command: tuple[str, ...]
