@@ -23,6 +23,7 @@ from jobqueue.errors import TRANSIENT_ERRORS, describe_failure, printable
 from jobqueue.in_flight import ACK, LEAVE, TERM
 from jobqueue.lost_advisories import keep_publishing
 from jobqueue.redelivery import attempt_of, postpone, publish_later
+from jobqueue.redrive import is_redrive, send_back
 from jobqueue.retrying import retry
 from jobqueue.script import shutdown_on_signal, start
 from jobqueue.streams import Durables, parse_ack_subject, require_stream
@@ -81,6 +82,9 @@ async def handle(
     try:
         found = await wait_out(partial(find_message, nc, durables, dead_letter, advisory))
         if not found:
+            return ACK
+        if is_redrive(advisory):  # dlq/manage.py was killed before it had finished
+            await wait_out(partial(send_back, nc, dead_letter, found))
             return ACK
         order = as_delivered(nc, found, dead_letter)
         log.info("reprocessing order %s", printable(order.data))

@@ -8,6 +8,7 @@ from uuid import uuid4
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.errors import Error
 from nats.js.api import AckPolicy, ConsumerConfig
 
 from jobqueue.dead_letters import publish_advisory
@@ -18,18 +19,19 @@ from jobqueue.redelivery import DELAY
 from jobqueue.streams import Durables, ack_subject, api_request, ensure_durable
 
 TIMEOUT = 5.0  # seconds
-ACK_WAIT = 5.0  # seconds
+ACK_WAIT = 600.0  # seconds, of a durable that no DLQ processor has configured yet
 POLL_INTERVAL = 0.05  # seconds
 MAX_BATCH = 256  # advisories that are asked for at a time
 MARGIN = 0.5  # seconds for a heartbeat to arrive
+CLAIMED_FOR = "30"  # seconds; then a DLQ processor takes care of what we have not finished
 
 
 class Claims:
-    """Takes dead letters away from the DLQ processors, by the removal of their advisories.
+    """Takes dead letters away from the DLQ processors.
 
-    A processor sends a heartbeat, then reads the advisory, and begins only if that is still there. A claim removes the
-    advisory, then listens, and fails if there was a heartbeat. So never both go on. If neither does, or we are killed,
-    the dead letter has no advisory any more, and is found like all of these.
+    A processor sends a heartbeat, then reads the advisory, and begins only if that is still there. A claim replaces the
+    advisory by one that isn't due yet, then listens, and fails if there was a heartbeat. So never both go on. What is
+    left of us when we are killed is the new advisory.
 
     Args:
         nc: the connection.
@@ -54,36 +56,58 @@ class Claims:
         await ensure_durable(self._nc, self._dlq_stream, durable)
         await self._listener.start()
         info = await ensure_durable(self._nc, self._dlq_stream, durable)
-        if info["num_ack_pending"]:
-            config = info["config"]
-            ack_wait = min(config.get("backoff") or [config["ack_wait"]]) / 1e9
-            await asyncio.sleep(ack_wait / 3 + MARGIN)
+        if info["num_ack_pending"] and (backoff := info["config"].get("backoff")):  # which a DLQ processor sets
+            await asyncio.sleep(min(backoff) / 1e9 / 3 + MARGIN)
 
-    async def claim(self, items: Iterable[Item]) -> list[bool]:
-        """Claim dead letters, and return for each whether it is ours now; if it isn't, it is in flight.
+    async def claim(self, items: Iterable[Item], **headers: str) -> list[Item | None]:
+        """Claim dead letters, and return each with its new advisory, or None if a DLQ processor has it in flight.
+
+        Args:
+            items: the dead letters.
+            headers: for the new advisories.
 
         Raises:
             nats.errors.Error: the server doesn't answer.
         """
-        # A dead letter without an advisory gets one, which is not due before we have removed it.
-        adopted = [item if item.advisories else await self.release(item, **{DELAY: "60"}) for item in items]
-        free = [item for item in adopted if not self._is_in_flight(item)]
-        await self._have_delivered(max((max(item.advisories, default=0) for item in free), default=0))
-        await gather_some([partial(self._remove, advisory) for item in free for advisory in item.advisories])
-        if free:
-            await asyncio.sleep(MARGIN)
-        return [not self._is_in_flight(item) for item in adopted]
+        found = list(items)
+        free = [item for item in found if not self._is_in_flight(item)]
+        replace = partial(self._publish_advisory, headers={DELAY: CLAIMED_FOR} | headers)
+        new = await gather_some([partial(replace, item) for item in free])
+        await self.remove(advisory for item in free for advisory in item.advisories)
+        await asyncio.sleep(MARGIN)
+        claimed = {
+            item.dead_letter.sequence: Item(item.dead_letter, (advisory,))
+            for item, advisory in zip(free, new, strict=True)
+            if not self._is_in_flight(item)
+        }
+        return [claimed.get(item.dead_letter.sequence) for item in found]
 
-    async def release(self, item: Item, **headers: str) -> Item:
-        """Publish an advisory of a dead letter that has none, and return the item with it."""
+    async def release(self, item: Item) -> None:
+        """Leave a dead letter that was claimed to the DLQ processors.
+
+        Raises:
+            nats.errors.Error: the server doesn't answer.
+        """
+        await self._publish_advisory(item, {})
+        await self.remove(item.advisories)
+
+    async def remove(self, advisories: Iterable[int]) -> None:
+        """Remove advisories, by their stream sequences.
+
+        Raises:
+            nats.errors.Error: the server doesn't answer.
+        """
+        unwanted = list(advisories)
+        await self._have_delivered(max(unwanted, default=0))
+        await gather_some([partial(self._remove, advisory) for advisory in unwanted])
+
+    async def _publish_advisory(self, item: Item, headers: dict[str, str]) -> int:
         letter = item.dead_letter
-        durable = await self._durables.find(letter.consumer)
-        if not durable:
-            return item  # what is left in the stream is delivered again
-        if letter.died_at:
-            headers["Nats-Msg-Id"] = uuid4().hex  # the advisory's own is taken
-        stored = await publish_advisory(self._nc, letter.stream, durable, letter.sequence, **headers)
-        return Item(letter, (stored.seq,))
+        if not (durable := await self._durables.find(letter.consumer)):
+            raise Error(f"the durable {letter.consumer} is gone")
+        headers = headers | {"Nats-Msg-Id": uuid4().hex}  # there may have been another one just now
+        stored = await publish_advisory(self._nc, letter.stream, durable, letter.sequence, letter.died_at, **headers)
+        return int(stored.seq)
 
     def _is_in_flight(self, item: Item) -> bool:
         return any(self._listener.heard.get(advisory) == Msg.Ack.Progress for advisory in item.advisories)

@@ -18,8 +18,8 @@ from nats.js.errors import NotFoundError
 from jobqueue.arguments import is_name
 from jobqueue.errors import describe_error
 from jobqueue.in_flight import ACK
-from jobqueue.reading import StoredMessage, find_stored_at, get_message, parse_time
-from jobqueue.streams import Durables, ack_subject
+from jobqueue.reading import StoredMessage, find_stored_at, format_time, get_message, parse_time
+from jobqueue.streams import Durables, ack_subject, probe_ack
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +105,7 @@ async def find_message(nc: Client, durables: Durables, dead_letter: DeadLetter, 
     """
     # jobqueue/claims.py hears this heartbeat, and leaves the dead letter to us; or it has removed the advisory before.
     await nc.publish(advisory.reply, Msg.Ack.Progress)
+    await probe_ack(nc, ack_subject(*dead_letter[:4]))  # better than after the work
     metadata = advisory.metadata
     message: StoredMessage | None
     message, durable, unclaimed = await asyncio.gather(
@@ -168,7 +169,9 @@ async def remove_message(nc: Client, dead_letter: DeadLetter, message: StoredMes
         await nc.request(ack_subject(*dead_letter[:4]), ACK, TIMEOUT)
 
 
-async def publish_advisory(nc: Client, stream: str, durable: dict[str, Any], sequence: int, **headers: str) -> PubAck:
+async def publish_advisory(
+    nc: Client, stream: str, durable: dict[str, Any], sequence: int, died_at: int = 0, **headers: str
+) -> PubAck:
     """Publish an advisory like the server's own; within the duplicate window it is stored once.
 
     Args:
@@ -176,6 +179,7 @@ async def publish_advisory(nc: Client, stream: str, durable: dict[str, Any], seq
         stream: the stream's name.
         durable: what the server says of the durable.
         sequence: the dead letter's stream sequence.
+        died_at: when it died, in nanoseconds; by default, now.
         headers: for the advisory.
 
     Raises:
@@ -186,7 +190,8 @@ async def publish_advisory(nc: Client, stream: str, durable: dict[str, Any], seq
     advisory = {
         "type": ADVISORY_TYPE,
         "id": message_id,
-        "timestamp": durable["ts"],  # the server's clock, as that of the durable's creation
+        # By the server's clock, as the durable's creation, with which it is compared.
+        "timestamp": format_time(died_at) if died_at else durable["ts"],
         "stream": stream,
         "consumer": name,
         "stream_seq": sequence,

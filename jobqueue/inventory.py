@@ -2,7 +2,6 @@
 
 import base64
 from collections.abc import AsyncIterator, Iterable
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ from nats.aio.client import Client
 
 from jobqueue.dead_letters import ADVISORY, DeadLetter, parse_stored, why_alive
 from jobqueue.lost_advisories import Search
-from jobqueue.reading import AT_A_TIME, StoredMessage, gather_some, get_message, read_messages
+from jobqueue.reading import AT_A_TIME, StoredMessage, format_time, gather_some, get_message, read_messages
 from jobqueue.streams import Durables, api_request
 
 
@@ -83,24 +82,20 @@ async def check(
             yield item, message, why_alive(item.dead_letter, message, durable)
 
 
-def as_json(item: Item, message: StoredMessage) -> dict[str, Any]:
+def as_json(dead_letter: DeadLetter, message: StoredMessage) -> dict[str, Any]:
     """Return all that is known of a dead letter."""
     try:
         payload = {"payload": message.data.decode()}
     except UnicodeDecodeError:
         payload = {"payload_base64": base64.b64encode(message.data).decode()}
-    died_at = item.dead_letter.died_at
+    died_at = dead_letter.died_at
     return {
         "sequence": message.sequence,
         "subject": message.subject,
-        "published": _iso(message.stored_at),
-        "died": _iso(died_at) if died_at else None,
-        "deliveries": item.dead_letter.deliveries,
+        "published": format_time(message.stored_at),
+        "died": format_time(died_at) if died_at else None,
+        "deliveries": dead_letter.deliveries,
         "id": message.headers.get("Nats-Msg-Id"),
         "headers": message.headers,
         **payload,
     }
-
-
-def _iso(nanoseconds: int) -> str:
-    return datetime.fromtimestamp(nanoseconds // 10**9, UTC).isoformat().replace("+00:00", "Z")

@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, NamedTuple, TypeVar
 
 from nats.aio.client import Client
@@ -152,3 +152,9 @@ def parse_time(text: str) -> int:
         raise ValueError
     seconds, fraction, zone = parts.groups()
     return int(datetime.fromisoformat(seconds + zone).timestamp()) * 10**9 + int((fraction or "").ljust(9, "0"))
+
+
+def format_time(nanoseconds: int) -> str:
+    """Return a time as the server writes it."""
+    seconds, fraction = divmod(nanoseconds, 10**9)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{fraction:09d}Z"

@@ -12,6 +12,7 @@ from jobqueue.reading import StoredMessage, gather_some, get_message, read_messa
 from jobqueue.streams import subject_filters
 
 CONFIRM_DELAY = 2.5  # seconds from the last ack until its message has left the stream, on replicas too
+MAX_STEP = 5.0  # seconds that count between two looks: after a pause, heartbeats that have arrived may be unread
 MARGIN = 1.0  # seconds by which the server's timers may be late
 
 
@@ -76,7 +77,7 @@ class Watch:
             self._silent_for, self._idle_since, self._looked_at = 0.0, now if is_idle else None, self._now()
             return []
         if is_idle or info["num_waiting"] or self._delivered > before:
-            self._silent_for += now - since
+            self._silent_for += min(now - since, MAX_STEP)
         if self._idle_since is not None:
             is_certain = now >= self._idle_since + CONFIRM_DELAY
         else:
@@ -106,12 +107,12 @@ class Watch:
             await self._listener.start(self.suspects)
 
     async def _conclude(self) -> list[int]:
-        heard = {} if self._idle_since is not None else self._listener.heard
-        silent = [sequence for sequence in self.suspects if sequence not in heard]
         get = partial(get_message, self._nc, self._stream)
-        found = await gather_some([partial(get, sequence) for sequence in silent])
+        found = await gather_some([partial(get, sequence) for sequence in self.suspects])
         # Those that have died with an advisory meanwhile are known after that, not before.
         known = await self._read_known()
+        if self._idle_since is None:
+            known |= self._listener.heard.keys()
         await self.stop()
         return [message.sequence for message in found if message and message.sequence not in known]
 

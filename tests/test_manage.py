@@ -89,7 +89,7 @@ async def test_a_dead_letter_is_sent_back_with_a_fresh_id_and_its_own_headers(se
     await dead_letters(nc, b"order-0", headers=headers)
     assert (await manage(server, "retry", "1")).messages == [
         "sent back order-0: # 1 in orders_stream is # 2 now",
-        "1 of 1 dead letters sent back",
+        "1 dead letters sent back, 0 left",
     ]
     raw = await nc.jetstream().get_msg("orders_stream", 2)
     assert (raw.data, raw.subject) == (b"order-0", "orders.new")
@@ -190,13 +190,38 @@ async def test_it_may_be_killed_between_its_steps_and_run_again(
     assert sorted(received) == sorted(f"order-{i}" for i in range(300)) * (command[0] == "retry")
 
 
+@pytest.mark.faults
+async def test_what_it_leaves_when_it_is_killed_a_dlq_processor_finishes(
+    server: Server, nc: Client, rng: random.Random, tmp_path: Path
+) -> None:
+    """Each order is sent back once, although it is a dead letter all the while."""
+    orders = [f"order-{i}" for i in range(300)]
+    await dead_letters(nc, *(name.encode() for name in orders))
+    failing = with_body("dlq/consumer.py", "reprocess", "raise ConnectionError", tmp_path)
+    consumer_command = (*CONSUMER, "--failure-rate", "0", "--concurrency", "16")
+    async with (
+        server.script(failing, *DLQ[1:], "--concurrency", "16") as dlq,
+        server.script(*consumer_command) as consumer,
+    ):
+        await dlq.line("order-.* stays in orders_stream.*", 300)
+        for _ in range(2):
+            async with server.script(*MANAGE, "retry", "--all") as script:
+                await script.line("sent back .*", rng.randrange(1, 60))
+                await asyncio.sleep(rng.random() / 20)  # and the end of the block kills it
+        await dlq.line("sent back .*")
+        while await messages(nc, "orders_unprocessed"):  # those that it had in flight are left to it
+            await server.run(*MANAGE, "retry", "--all")
+        await emptied(nc, *BOTH)
+        assert Counter(consumer.found("received (.*) from .*")) == Counter(orders)
+
+
 async def test_a_shutdown_finishes_the_dead_letters_in_hand(server: Server, nc: Client) -> None:
     await dead_letters(nc, *(b"order-%d" % i for i in range(400)))
     async with server.script(*MANAGE, "retry", "--all") as script:
         await script.line("sent back .*")
         assert await script.stop() == 1
-        (done,) = script.found(r"(\d+) of 400 dead letters sent back")
-    assert len(script.found("sent back .*")) == int(done) == 256
+        assert script.found("256 dead letters sent back, 144 left")
+    assert len(script.found("sent back .*")) == 256
     assert len(await listed(server)) == 144
 
 
