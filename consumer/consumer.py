@@ -52,7 +52,9 @@ def parse_args() -> None:
         "--failure-rate", type=number(0, 1), default=0.5, help="share that fails (default: %(default)s)"
     )
     parser.add_argument("--work-time", type=number(0), default=0.01, help="seconds of work (default: %(default)s)")
-    parser.add_argument("--time-limit", type=number(0.1), default=600, help="limit, in seconds (default: %(default)s)")
+    parser.add_argument(
+        "--time-limit", type=number(0.1), default=600, help="seconds for the work on one order (default: %(default)s)"
+    )
     parser.parse_args(namespace=options)
 
 

@@ -16,14 +16,16 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js.api import AckPolicy, ConsumerConfig
 
+from jobqueue.advisories import ADVISORY, DeadLetter, parse_advisory
 from jobqueue.arguments import make_parser, number, stream_name, whole_number
 from jobqueue.connection import connect
-from jobqueue.dead_letters import ADVISORY, as_delivered, find_message, parse_advisory, remove_message
-from jobqueue.errors import TRANSIENT_ERRORS, describe_failure, printable
+from jobqueue.dead_letters import as_delivered, begin_reprocessing, remove_message
+from jobqueue.errors import STREAM_FULL, TRANSIENT_ERRORS, describe_error, describe_failure, printable
 from jobqueue.in_flight import ACK, LEAVE, TERM
 from jobqueue.lost_advisories import keep_publishing
-from jobqueue.redelivery import attempt_of, postpone, publish_later
-from jobqueue.redrive import is_redrive, send_back
+from jobqueue.reading import StoredMessage
+from jobqueue.redelivery import attempt_of, nak_until_due, schedule_next_attempt
+from jobqueue.redrive import is_redrive, redrive
 from jobqueue.retrying import retry
 from jobqueue.script import shutdown_on_signal, start
 from jobqueue.streams import Durables, parse_ack_subject, require_stream
@@ -34,7 +36,7 @@ log = logging.getLogger("dlq")
 
 DURABLE = "unprocessed_order_handler"
 BACKOFF = [5.0]  # seconds until an advisory that was not acked is redelivered
-MAX_DELIVER = 2
+MAX_DELIVER = 2  # at least: a further attempt uses one for its delay
 MAX_ACK_PENDING = 100_000  # advisories in flight or waiting for a retry; while there are more, no new ones come
 
 options = argparse.Namespace()
@@ -47,9 +49,11 @@ def parse_args() -> None:
     parser.add_argument("dlq_stream", type=stream_name, help="where the advisories are, such as orders_unprocessed")
     parser.add_argument("original_stream", type=stream_name, help="where the orders are, such as orders_stream")
     parser.add_argument(
-        "--concurrency", type=whole_number(1, 500), default=1, help="orders at a time (default: %(default)s)"
+        "--concurrency", type=whole_number(1, 500), default=1, help="dead letters at a time (default: %(default)s)"
     )
-    parser.add_argument("--time-limit", type=number(0.1), default=600, help="limit, in seconds (default: %(default)s)")
+    parser.add_argument(
+        "--time-limit", type=number(0.1), default=600, help="seconds for the work on one order (default: %(default)s)"
+    )
     parser.parse_args(namespace=options)
 
 
@@ -73,37 +77,48 @@ async def handle(
         tally["deleted"] += 1
         log.warning("deleted, for it is no advisory of %s: %s", stream, printable(advisory.data))
         return TERM
-    if nak := postpone(advisory):
+    if nak := nak_until_due(advisory):
         return nak
     # A transient error must not be one of the advisory's attempts, so it is waited out here.
     wait_out = partial(
-        retry, what=f"dead letter # {dead_letter.sequence} in {stream}", give_up=lambda _: shutdown.is_set()
+        retry,
+        what=f"dead letter # {dead_letter.sequence} in {stream}",
+        give_up=lambda error: shutdown.is_set() or getattr(error, "err_code", None) == STREAM_FULL,
     )
     try:
-        found = await wait_out(partial(find_message, nc, durables, dead_letter, advisory))
+        found = await wait_out(partial(begin_reprocessing, nc, durables, dead_letter, advisory))
         if not found:
             return ACK
-        if is_redrive(advisory):  # dlq/manage.py was killed before it had finished
-            await wait_out(partial(send_back, nc, dead_letter, found))
-            return ACK
-        order = as_delivered(nc, found, dead_letter)
-        log.info("reprocessing order %s", printable(order.data))
-        error = await time_limit.run(reprocess(order))
+        error = await attempt(nc, time_limit, advisory, dead_letter, found)
         if error is None:
             tally["done"] += 1
             await wait_out(partial(remove_message, nc, dead_letter, found))
             return ACK
-        attempt = attempt_of(advisory, MAX_DELIVER)
-        why = describe_failure(error, attempt, MAX_DELIVER, dead_letter.sequence)
-        log.error("error reprocessing order %s: %s", printable(order.data), why)
         tally["failed"] += 1
-        if attempt < MAX_DELIVER:
+        if attempt_of(advisory, MAX_DELIVER) < MAX_DELIVER:
             return LEAVE
-        delay = await wait_out(partial(publish_later, nc, dlq_stream, advisory))
+        delay = await wait_out(partial(schedule_next_attempt, nc, dlq_stream, advisory))
     except TRANSIENT_ERRORS:  # a shutdown doesn't wait for the server: the advisory is redelivered
         return LEAVE
-    log.error("%s stays in %s; next attempt in %g s", printable(order.data), stream, delay)
+    log.error("%s stays in %s; next attempt in %g s", printable(found.data), stream, delay)
     return ACK  # of this advisory; there is another one for the next attempt
+
+
+async def attempt(
+    nc: Client, time_limit: TimeLimit, advisory: Msg, dead_letter: DeadLetter, found: StoredMessage
+) -> BaseException | None:
+    """Reprocess an order, or finish its redrive; return why that failed, or None."""
+    if is_redrive(advisory):  # dlq/manage.py was killed before it had finished
+        error = await time_limit.run(redrive(nc, dead_letter, found))
+        if error:
+            log.error("# %d in %s is not redriven: %s", found.sequence, dead_letter.stream, describe_error(error))
+        return error
+    log.info("reprocessing order %s", printable(found.data))
+    error = await time_limit.run(reprocess(as_delivered(nc, found, dead_letter)))
+    if error:
+        why = describe_failure(error, attempt_of(advisory, MAX_DELIVER), MAX_DELIVER, found.sequence)
+        log.error("error reprocessing order %s: %s", printable(found.data), why)
+    return error
 
 
 async def check_streams(nc: Client) -> None:

@@ -1,4 +1,4 @@
-"""Dead letters in an operator's hands: no DLQ processor has them in flight, and none will begin."""
+"""Claims: dead letters that no DLQ processor has in flight, and that none will begin, until an operator is done."""
 
 import asyncio
 import json
@@ -11,55 +11,73 @@ from nats.aio.msg import Msg
 from nats.errors import Error
 from nats.js.api import AckPolicy, ConsumerConfig
 
-from jobqueue.dead_letters import publish_advisory
-from jobqueue.inventory import Item
-from jobqueue.listening import CLAIM, AckListener
+from jobqueue.advisories import Item, publish_advisory, read_advisories
+from jobqueue.listening import CLAIM_ACK, AckListener
 from jobqueue.reading import gather_some, get_message
-from jobqueue.redelivery import DELAY
-from jobqueue.streams import Durables, ack_subject, api_request, ensure_durable
+from jobqueue.redelivery import DELAY_HEADER
+from jobqueue.streams import REQUEST_TIMEOUT, Durables, ack_subject, api_request, ensure_durable, shortest_ack_wait
 
-TIMEOUT = 5.0  # seconds
 ACK_WAIT = 600.0  # seconds, of a durable that no DLQ processor has configured yet
+MAX_ACK_PENDING = 100_000
 POLL_INTERVAL = 0.05  # seconds
 MAX_BATCH = 256  # advisories that are asked for at a time
-MARGIN = 0.5  # seconds for a heartbeat to arrive
-CLAIMED_FOR = "30"  # seconds; then a DLQ processor takes care of what we have not finished
+HEARTBEAT_LATENESS = 0.5  # seconds until a heartbeat has arrived
+CLAIM_DURATION = 30.0  # seconds; then a DLQ processor takes care of what we have not finished
 
 
 class Claims:
-    """Takes dead letters away from the DLQ processors.
+    """Claims dead letters, so that they are either reprocessed or handled by an operator, and never both.
 
-    A processor sends a heartbeat, then reads the advisory, and begins only if that is still there. A claim replaces the
-    advisory by one that isn't due yet, then listens, and fails if there was a heartbeat. So never both go on. What is
-    left of us when we are killed is the new advisory.
+    A DLQ processor sends a heartbeat, then reads the advisory, and begins if that is still there. A claim removes the
+    advisory, then listens, and fails if there was a heartbeat: at least one of them sees the other. A claimed dead
+    letter gets a new advisory, which is due after CLAIM_DURATION, so that nothing is lost when we are killed.
 
     Args:
         nc: the connection.
         dlq_stream: the stream of the advisories.
         dlq_durable: its durable.
-        durables: those of the stream of the messages.
+        stream: the stream of the messages.
     """
 
-    def __init__(self, nc: Client, dlq_stream: str, dlq_durable: str, durables: Durables) -> None:
+    def __init__(self, nc: Client, dlq_stream: str, dlq_durable: str, stream: str) -> None:
         self._nc = nc
         self._dlq_stream = dlq_stream
         self._dlq_durable = dlq_durable
-        self._durables = durables
+        self._stream = stream
+        self._durables = Durables(nc, stream)
         self._listener = AckListener(nc, dlq_stream, dlq_durable)
+        self._reconnects = nc.stats["reconnects"]
+        self._read_up_to = 0  # the highest stream sequence of an advisory that was read
+        self._now = asyncio.get_running_loop().time
+        self._claimed_at = 0.0
 
-    async def start(self) -> None:
-        """Begin to listen, and return when all that is in flight has been heard."""
+    async def start(self) -> dict[int, Item]:
+        """Begin to listen, wait until all that is in flight has been heard, and return what the advisories name.
+
+        Raises:
+            nats.errors.Error: the server doesn't answer.
+        """
         # Without the durable nothing could be removed. A DLQ processor gives it the rest of its configuration.
         durable = ConsumerConfig(
-            name=self._dlq_durable, durable_name=self._dlq_durable, ack_policy=AckPolicy.EXPLICIT, ack_wait=ACK_WAIT
+            name=self._dlq_durable,
+            durable_name=self._dlq_durable,
+            ack_policy=AckPolicy.EXPLICIT,
+            ack_wait=ACK_WAIT,
+            max_ack_pending=MAX_ACK_PENDING,
         )
         await ensure_durable(self._nc, self._dlq_stream, durable)
         await self._listener.start()
-        info = await ensure_durable(self._nc, self._dlq_stream, durable)
-        if info["num_ack_pending"] and (backoff := info["config"].get("backoff")):  # which a DLQ processor sets
-            await asyncio.sleep(min(backoff) / 1e9 / 3 + MARGIN)
+        info = await api_request(self._nc, f"CONSUMER.INFO.{self._dlq_stream}.{self._dlq_durable}")
+        ack_wait = shortest_ack_wait(info["config"])
+        if info["num_ack_pending"] and ack_wait < ACK_WAIT:
+            await asyncio.sleep(ack_wait + HEARTBEAT_LATENESS)
+        return await self._read_new()
 
-    async def claim(self, items: Iterable[Item], **headers: str) -> list[Item | None]:
+    def are_valid(self) -> bool:
+        """Return whether what was claimed last is still claimed."""
+        return self._now() < self._claimed_at + CLAIM_DURATION - REQUEST_TIMEOUT
+
+    async def claim(self, items: Iterable[Item], headers: dict[str, str]) -> list[Item | None]:
         """Claim dead letters, and return each with its new advisory, or None if a DLQ processor has it in flight.
 
         Args:
@@ -67,20 +85,33 @@ class Claims:
             headers: for the new advisories.
 
         Raises:
-            nats.errors.Error: the server doesn't answer.
+            nats.errors.Error: the server doesn't answer, or the connection was lost, and heartbeats with it.
         """
-        found = list(items)
-        free = [item for item in found if not self._is_in_flight(item)]
-        replace = partial(self._publish_advisory, headers={DELAY: CLAIMED_FOR} | headers)
-        new = await gather_some([partial(replace, item) for item in free])
+        new = await self._read_new()  # attempts that were scheduled since
+        wanted = [
+            item._replace(advisories=item.advisories + new[item.dead_letter.sequence].advisories)
+            if item.dead_letter.sequence in new
+            else item
+            for item in items
+        ]
+        free = [item for item in wanted if not self._is_in_flight(item)]
         await self.remove(advisory for item in free for advisory in item.advisories)
-        await asyncio.sleep(MARGIN)
+        await asyncio.sleep(HEARTBEAT_LATENESS)
+        free = [item for item in free if not self._is_in_flight(item)]
+        self._claimed_at = self._now()
+        publish = partial(self._publish_advisory, headers={DELAY_HEADER: f"{CLAIM_DURATION:g}"} | headers)
+        advisories = await gather_some([partial(publish, item) for item in free])
         claimed = {
-            item.dead_letter.sequence: Item(item.dead_letter, (advisory,))
-            for item, advisory in zip(free, new, strict=True)
-            if not self._is_in_flight(item)
+            item.dead_letter.sequence: item._replace(advisories=(advisory,))
+            for item, advisory in zip(free, advisories, strict=True)
         }
-        return [claimed.get(item.dead_letter.sequence) for item in found]
+        # Somebody may have found a dead letter between the removal of its advisory and the new one.
+        for sequence, item in (await self._read_new()).items():
+            if sequence in claimed and item.advisories != claimed[sequence].advisories:
+                await self.remove(claimed.pop(sequence).advisories)
+        if self._reconnects != self._nc.stats["reconnects"]:
+            raise Error("the connection was lost")
+        return [claimed.get(item.dead_letter.sequence) for item in wanted]
 
     async def release(self, item: Item) -> None:
         """Leave a dead letter that was claimed to the DLQ processors.
@@ -97,23 +128,28 @@ class Claims:
         Raises:
             nats.errors.Error: the server doesn't answer.
         """
-        unwanted = list(advisories)
-        await self._have_delivered(max(unwanted, default=0))
-        await gather_some([partial(self._remove, advisory) for advisory in unwanted])
+        if unwanted := list(advisories):
+            await self._have_delivered(max(unwanted))
+            await gather_some([partial(self._remove, advisory) for advisory in unwanted])
+
+    async def _read_new(self) -> dict[int, Item]:
+        items = await read_advisories(self._nc, self._dlq_stream, self._stream, self._read_up_to)
+        self._read_up_to = max((item.advisories[-1] for item in items.values()), default=self._read_up_to)
+        return items
 
     async def _publish_advisory(self, item: Item, headers: dict[str, str]) -> int:
         letter = item.dead_letter
         if not (durable := await self._durables.find(letter.consumer)):
             raise Error(f"the durable {letter.consumer} is gone")
         headers = headers | {"Nats-Msg-Id": uuid4().hex}  # there may have been another one just now
-        stored = await publish_advisory(self._nc, letter.stream, durable, letter.sequence, letter.died_at, **headers)
+        stored = await publish_advisory(self._nc, letter.stream, durable, letter.sequence, letter.died_at, headers)
         return int(stored.seq)
 
     def _is_in_flight(self, item: Item) -> bool:
         return any(self._listener.heard.get(advisory) == Msg.Ack.Progress for advisory in item.advisories)
 
     async def _have_delivered(self, advisory: int) -> None:
-        """Have all advisories up to one delivered to us, for the server takes no ack of others before.
+        """Pull all advisories up to one, since the server ignores the ack of one that it has not delivered yet.
 
         Those that are not to be removed are redelivered to the DLQ processors after their back-off.
         """
@@ -124,15 +160,20 @@ class Claims:
             missing = advisory - info["delivered"]["stream_seq"]
             if missing <= 0 or not info["num_pending"]:
                 break
+            if info["num_ack_pending"] >= info["config"].get("max_ack_pending", MAX_ACK_PENDING):
+                raise Error(f"as many advisories are in flight as {self._dlq_durable} may have")
             request = json.dumps({"batch": min(missing, MAX_BATCH), "no_wait": True}).encode()
             await self._nc.publish(f"$JS.API.CONSUMER.MSG.NEXT.{durable}", request, inbox)
             await self._nc.flush()
         await subscription.unsubscribe()
 
     async def _remove(self, advisory: int) -> None:
-        await self._nc.request(ack_subject(self._dlq_stream, self._dlq_durable, 1, advisory), CLAIM, TIMEOUT)
-        while await get_message(self._nc, self._dlq_stream, advisory):  # it leaves the stream after the answer
-            await asyncio.sleep(POLL_INTERVAL)
+        await self._nc.request(
+            ack_subject(self._dlq_stream, self._dlq_durable, 1, advisory), CLAIM_ACK, REQUEST_TIMEOUT
+        )
+        async with asyncio.timeout(REQUEST_TIMEOUT):
+            while await get_message(self._nc, self._dlq_stream, advisory):  # it leaves the stream after the answer
+                await asyncio.sleep(POLL_INTERVAL)
 
 
 async def _ignore(_: Msg) -> None:

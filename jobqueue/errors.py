@@ -14,6 +14,7 @@ TRANSIENT_ERRORS = (
     *(TimeoutError, NoRespondersError, NoStreamResponseError, ConnectionReconnectingError),
     *(OutboundBufferLimitError, ServiceUnavailableError, ServerError),
 )
+STREAM_FULL = 10077  # JetStream's error code; as a 503 it looks transient
 MAX_PRINTED = 200  # characters of a payload in a log line
 MAX_TRACEBACK = 100  # lines
 UNKNOWN_AUTHORITY = (18, 19, 20, 21)  # https://docs.openssl.org/3.0/man3/X509_STORE_CTX_get_error/

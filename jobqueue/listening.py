@@ -1,4 +1,4 @@
-"""Hearing the acks and heartbeats of a durable's messages, whoever sends them."""
+"""Listening to the acks and heartbeats of a durable's messages, whoever sends them."""
 
 from collections.abc import Iterable
 
@@ -8,13 +8,13 @@ from nats.aio.subscription import Subscription
 
 from jobqueue.streams import parse_ack_subject
 
-# To the server that is an ack like +ACK; by it, a claim (claims.py) is told from the ack of a processor.
-CLAIM = b"+OK"
+# The server treats +OK as +ACK. Claims (claims.py) send this one, so that it isn't taken for a processor's own ack.
+CLAIM_ACK = b"+OK"
 MAX_SUBSCRIPTIONS = 200  # for more messages than that, all acks of the durable are heard
 
 
 class AckListener:
-    """Notes what was last sent on the ack subject of each message: whose heartbeats are heard is being processed."""
+    """Records what was last sent on the ack subject of each message: a heartbeat means that it is in flight."""
 
     def __init__(self, nc: Client, stream: str, durable: str) -> None:
         self.heard: dict[int, bytes] = {}  # by stream sequence
@@ -45,5 +45,12 @@ class AckListener:
 
     async def _hear(self, message: Msg) -> None:
         sequence, _ = parse_ack_subject(message.subject)
-        if message.data != CLAIM:
+        if message.data != CLAIM_ACK:
             self.heard[sequence] = message.data
+
+
+async def check_permission(nc: Client, stream: str) -> None:
+    """Subscribe to ack subjects of a stream for a moment, so that the server refuses it now if it isn't permitted."""
+    listener = AckListener(nc, stream, "*")
+    await listener.start([0])
+    await listener.stop()

@@ -1,4 +1,4 @@
-"""Dead letters without an advisory: the server sent none, it was lost, or its own deliveries are exhausted."""
+"""Dead letters without an advisory, and advisories that are exhausted: processors died of them."""
 
 import asyncio
 import logging
@@ -10,11 +10,11 @@ from typing import Any
 from nats.aio.client import Client
 from nats.errors import Error
 
-from jobqueue.dead_letters import ADVISORY, parse_stored, publish_advisory
+from jobqueue.advisories import publish_advisory, read_advisories
 from jobqueue.errors import describe_error
-from jobqueue.listening import AckListener
-from jobqueue.reading import StoredMessage, gather_some, read_messages
-from jobqueue.redelivery import is_due, publish_again
+from jobqueue.listening import check_permission
+from jobqueue.reading import gather_some
+from jobqueue.redelivery import is_due, restore_exhausted
 from jobqueue.streams import Durables, api_request
 from jobqueue.watch import Watch
 
@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 LOOK_INTERVAL = 2.5  # seconds between two looks
 SHORT_INTERVAL = 0.5  # seconds, where somebody waits for the result
 MIN_LOOKS = 3
-RARELY = 10  # looks, one of which looks for malformed advisories where nothing is dead
-MAX_SHARE = 0.25  # of the time for looks; with many dead letters a look takes long
+FULL_LOOK_EVERY = 10  # looks; the others leave the advisories alone while nothing seems to be dead
+MAX_LOOK_SHARE = 0.25  # of the time for looks; with many dead letters a look takes long
 
 Found = tuple[dict[str, Any], list[int]]  # a durable, and the stream sequences of its dead letters
 
@@ -40,30 +40,37 @@ async def keep_publishing(nc: Client, dlq_stream: str, dlq_durable: str, stream:
         dlq_durable: its durable.
         stream: the stream of the messages.
     """
-    for name in (stream, dlq_stream):  # if that is not permitted, it is better said at once
-        listener = AckListener(nc, name, "*")
-        await listener.start([0])
-        await listener.stop()
     search, now = Search(nc, dlq_stream, dlq_durable, stream), asyncio.get_running_loop().time
-    complaint = ""
+    complaint, may_listen = "", False
     while True:
         begun = now()
         try:
-            durables, advisories = await search.look()
-            for durable, sequences in durables:
-                publish = partial(publish_advisory, nc, stream, durable)
-                stored = await gather_some([partial(publish, sequence) for sequence in sequences])
-                for sequence, ack in zip(sequences, stored, strict=True):
-                    if not ack.duplicate:
-                        log.info("dead letter # %d in %s had no advisory: published one", sequence, stream)
-            await gather_some([partial(publish_again, nc, dlq_stream, dlq_durable, number) for number in advisories])
+            if not may_listen:  # if that is not permitted, the script ends at its start, and not some day
+                for name in (stream, dlq_stream):
+                    await check_permission(nc, name)
+                may_listen = True
+            lost, exhausted = await search.look()
+            for durable, sequences in lost:
+                await _publish_advisories(nc, stream, durable, sequences)
+            await gather_some([partial(restore_exhausted, nc, dlq_stream, dlq_durable, number) for number in exhausted])
             complaint = ""
         except Exception as error:  # whatever it is, the next look comes
             await search.stop()
-            if complaint != describe_error(error):
-                complaint = describe_error(error)
-                log.warning("cannot look for dead letters without an advisory: %s; trying again", complaint)
-        await asyncio.sleep(max(LOOK_INTERVAL, (now() - begun) / MAX_SHARE))
+            if complaint != (reason := describe_error(error)):
+                complaint = reason
+                log.warning("cannot look for dead letters without an advisory: %s; trying again", reason)
+        await asyncio.sleep(max(LOOK_INTERVAL, (now() - begun) / MAX_LOOK_SHARE))
+
+
+async def _publish_advisories(nc: Client, stream: str, durable: dict[str, Any], sequences: list[int]) -> None:
+    async def publish(sequence: int) -> None:
+        # The same id whoever finds it; not after an operator has changed the durable, so that it may be found again.
+        message_id = f"{stream}.{durable['name']}.{sequence}.{durable['created']}.{durable['config']['max_deliver']}"
+        stored = await publish_advisory(nc, stream, durable, sequence, 0, {"Nats-Msg-Id": message_id})
+        if not stored.duplicate:
+            log.info("dead letter # %d in %s had no advisory: published one", sequence, stream)
+
+    await gather_some([partial(publish, sequence) for sequence in sequences])
 
 
 class Search:
@@ -77,37 +84,37 @@ class Search:
         self._watches: dict[str, Watch] = {}  # by durable
         self._looks = 0
         self._count = 0  # of dead letters without an advisory, a few more or less
-        self._handlers = Durables(nc, dlq_stream)
-        self._advisories = Watch(nc, dlq_stream, dlq_durable, self._read_none, is_due)
+        self._dlq_durables = Durables(nc, dlq_stream)
+        self._advisory_watch = Watch(nc, dlq_stream, dlq_durable, self._read_none, is_due)
 
     async def run(self) -> list[Found]:
-        """Look until no dead letter is unknown, or all are found; that takes as long as all back-offs.
+        """Look until it is certain which dead letters have no advisory; if there may be any, that takes all back-offs.
 
         Raises:
             nats.errors.Error: the server doesn't answer, or the stream is no work queue.
         """
-        found: dict[str, Found] = {}
+        found: list[Found] = []
+        may_be_some = False
         for looks in count(1):
-            for info, sequences in (await self.look())[0]:
-                _, before = found.get(info["name"], (info, []))
-                found[info["name"]] = info, before + sequences
-            if self._count <= sum(len(sequences) for _, sequences in found.values()) or (
-                looks >= MIN_LOOKS and not self.is_watching
-            ):
-                await self.stop()
-                break
-            if looks == MIN_LOOKS:
+            found += (await self.look(always=may_be_some))[0]
+            may_be_some = may_be_some or self._count > 0
+            if looks == MIN_LOOKS and self.is_watching:
                 log.info("looking for dead letters without an advisory")
+            if looks >= MIN_LOOKS and not self.is_watching:
+                break
             await asyncio.sleep(SHORT_INTERVAL)
-        return list(found.values())
+        return found
 
     @property
     def is_watching(self) -> bool:
         """Return whether there are messages of which the next looks will tell whether they are dead."""
         return any(watch.suspects for watch in self._watches.values())
 
-    async def look(self) -> tuple[list[Found], list[int]]:
+    async def look(self, *, always: bool = False) -> tuple[list[Found], list[int]]:
         """Return the dead letters of each durable that have no advisory, and the advisories that are exhausted.
+
+        Args:
+            always: look even if the count says that there are none; under traffic it may be wrong.
 
         Raises:
             nats.errors.Error: the server doesn't answer, or the stream is no work queue.
@@ -118,22 +125,23 @@ class Search:
             raise Error(f"{self._stream} is no work queue, and keeps what is done")
         self._count = dead = count_dead(info, durables)
         self._looks += 1
-        if dead <= 0 and not self.is_watching and not self._advisories.suspects and self._looks % RARELY:
+        is_watching = self.is_watching or self._advisory_watch.suspects or always
+        if dead <= 0 and not is_watching and self._looks % FULL_LOOK_EVERY:
             return [], []
-        dlq, handler = await asyncio.gather(
-            api_request(self._nc, f"STREAM.INFO.{self._dlq_stream}"), self._handlers.find(self._dlq_durable)
+        dlq, dlq_durable = await asyncio.gather(
+            api_request(self._nc, f"STREAM.INFO.{self._dlq_stream}"), self._dlq_durables.find(self._dlq_durable)
         )
         exhausted = []
-        if handler and (count_dead(dlq, [handler]) > 0 or self._advisories.suspects):
-            exhausted = await self._advisories.look(handler)
+        if dlq_durable and (count_dead(dlq, [dlq_durable]) > 0 or self._advisory_watch.suspects):
+            exhausted = await self._advisory_watch.look(dlq_durable)
         self._count -= dlq["state"]["messages"]
-        if self._count > 0 or self.is_watching:
+        if self._count > 0 or self.is_watching or always:
             return await self._without_advisory(durables), exhausted
         return [], exhausted
 
     async def stop(self) -> None:
         """Forget what is being watched."""
-        for watch in (self._advisories, *self._watches.values()):
+        for watch in (self._advisory_watch, *self._watches.values()):
             await watch.stop()
 
     async def _without_advisory(self, durables: list[dict[str, Any]]) -> list[Found]:
@@ -145,15 +153,7 @@ class Search:
         return [(info, await self._watches[name].look(info)) for name, info in names.items()]
 
     async def _read_known(self) -> set[int]:
-        """Return the stream sequences that the advisories name."""
-
-        def keep(message: StoredMessage) -> int:
-            dead_letter = parse_stored(message, self._stream)
-            return dead_letter.sequence if dead_letter else 0
-
-        last = (await api_request(self._nc, f"STREAM.INFO.{self._dlq_stream}"))["state"]["last_seq"]
-        subject = f"{ADVISORY}.{self._stream}.*"
-        return set(await read_messages(self._nc, self._dlq_stream, subject, [(1, last)], keep))
+        return set(await read_advisories(self._nc, self._dlq_stream, self._stream))
 
     async def _read_none(self) -> set[int]:
         return set()

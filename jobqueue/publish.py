@@ -13,7 +13,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import ConnectionReconnectingError, Error, MaxPayloadError
 
-from jobqueue.errors import describe_error
+from jobqueue.errors import STREAM_FULL, describe_error
 from jobqueue.retrying import retry
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 ACK_TIMEOUT = 5.0  # seconds for one attempt
 LATE_CHECK_INTERVAL = 0.5  # seconds
 RETRY_FOR = 30.0  # seconds, and one more attempt; well within the stream's duplicate window
-STREAM_FULL = 10077  # JetStream's error code
 HEADER_SIZE = len("NATS/1.0\r\nNats-Msg-Id: \r\n\r\n")
 WINDOW = 1000  # messages in flight
 UNIT = 4096  # bytes; a message takes one place of the window for each, so that large ones don't take more memory

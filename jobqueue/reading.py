@@ -1,4 +1,4 @@
-"""Reading a stream's messages by their sequences. A work queue takes no second consumer that could read them."""
+"""Reading a stream's messages by their sequences, since a work queue takes no second consumer that could read them."""
 
 import asyncio
 import base64
@@ -16,7 +16,7 @@ from nats.js.errors import NotFoundError
 from jobqueue.streams import API_TIMEOUT, api_request
 
 NO_MESSAGE_FOUND = 10037  # JetStream's error code
-AT_A_TIME = 64  # requests, so that a round trip of 100 ms costs a minute for 40,000 messages
+MAX_REQUESTS = 64  # at a time, so that a round trip of 100 ms costs a minute for 40,000 messages
 FRESH_FOR = 0.5  # seconds
 TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)")
 
@@ -69,7 +69,8 @@ async def read_messages(
 ) -> list[T]:
     """Return what `keep` makes of each message in some ranges of stream sequences, in their order.
 
-    Each request finds the next message, so gaps cost nothing. Where a reader is free, it takes half of another's range.
+    Each request finds the next message, so gaps cost nothing. There are up to MAX_REQUESTS readers; an idle one takes
+    the upper half of another's range.
 
     Args:
         nc: the connection.
@@ -95,7 +96,7 @@ async def read_messages(
                     break
                 kept[message.sequence] = keep(message)
                 first = message.sequence + 1
-                if reading < AT_A_TIME and first < last:
+                if reading < MAX_REQUESTS and first < last:
                     middle = (first + last) // 2
                     unread.append((middle + 1, last))
                     last = middle
@@ -104,15 +105,15 @@ async def read_messages(
         reading -= 1
 
     async with asyncio.TaskGroup() as tasks:
-        for _ in range(min(AT_A_TIME, len(unread))):
+        for _ in range(min(MAX_REQUESTS, len(unread))):
             reading += 1
             tasks.create_task(read())
     return [kept[sequence] for sequence in sorted(kept)]
 
 
 async def gather_some(calls: Iterable[Callable[[], Awaitable[T]]]) -> list[T]:
-    """Return what the calls return, AT_A_TIME of them at a time."""
-    limit = asyncio.Semaphore(AT_A_TIME)
+    """Return what the calls return, MAX_REQUESTS of them at a time."""
+    limit = asyncio.Semaphore(MAX_REQUESTS)
 
     async def run(call: Callable[[], Awaitable[T]]) -> T:
         async with limit:

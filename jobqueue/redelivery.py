@@ -1,4 +1,4 @@
-"""Further attempts for an advisory: when `reprocess` has failed twice, it is published again, to be tried later."""
+"""Further attempts for a dead letter: after MaxDeliver failures its advisory is published again, with a delay."""
 
 import time
 
@@ -7,47 +7,46 @@ from nats.aio.msg import Msg
 
 from jobqueue.in_flight import ACK
 from jobqueue.reading import StoredMessage, get_message
-from jobqueue.streams import ack_subject
+from jobqueue.streams import REQUEST_TIMEOUT, ack_subject
 
 MIN_DELAY = 10.0  # seconds; doubled after each attempt
 MAX_DELAY = 120.0  # seconds
-TIMEOUT = 5.0  # seconds
 # Headers of an advisory that was published again: how many times, and the seconds that its next attempt has to wait.
-RETRIES = "Dlq-Retries"
-DELAY = "Dlq-Delay"
+RETRIES_HEADER = "Dlq-Retries"
+DELAY_HEADER = "Dlq-Delay"
 
 
 def attempt_of(advisory: Msg, max_deliver: int) -> int:
     """Return the number of the attempt that this delivery of an advisory is, from 1."""
-    retries = int(_number(advisory.headers, RETRIES))
+    retries = int(_number(advisory.headers, RETRIES_HEADER))
     return max_deliver + retries if retries else advisory.metadata.num_delivered
 
 
-def postpone(advisory: Msg) -> bytes | None:
+def nak_until_due(advisory: Msg) -> bytes | None:
     """Return the nak that has an advisory redelivered when its delay is over; None if it is to be tried now."""
-    delay = _number(advisory.headers, DELAY)
+    delay = _number(advisory.headers, DELAY_HEADER)
     return b'-NAK {"delay": %d}' % (delay * 1e9) if delay and advisory.metadata.num_delivered == 1 else None
 
 
 def is_due(advisory: StoredMessage) -> bool:
     """Return whether the delay of an advisory is over."""
-    return time.time() > advisory.stored_at / 1e9 + _number(advisory.headers, DELAY)
+    return time.time() > advisory.stored_at / 1e9 + _number(advisory.headers, DELAY_HEADER)
 
 
-async def publish_later(nc: Client, dlq_stream: str, advisory: Msg) -> float:
-    """Publish an advisory again, after its last attempt has failed, and return the seconds until the next one.
+async def schedule_next_attempt(nc: Client, dlq_stream: str, advisory: Msg) -> float:
+    """Publish an advisory again after its last attempt has failed, and return the seconds until the next one.
 
     Raises:
         nats.errors.Error: it may not be stored.
     """
-    retries = int(_number(advisory.headers, RETRIES)) + 1
+    retries = int(_number(advisory.headers, RETRIES_HEADER)) + 1
     delay = min(MIN_DELAY * 2.0 ** min(retries - 1, 10), MAX_DELAY)
-    headers = (advisory.headers or {}) | {RETRIES: str(retries), DELAY: f"{delay:g}"}
+    headers = (advisory.headers or {}) | {RETRIES_HEADER: str(retries), DELAY_HEADER: f"{delay:g}"}
     await _publish(nc, dlq_stream, advisory.metadata.sequence.stream, advisory.subject, advisory.data, headers)
     return delay
 
 
-async def publish_again(nc: Client, dlq_stream: str, dlq_durable: str, sequence: int) -> None:
+async def restore_exhausted(nc: Client, dlq_stream: str, dlq_durable: str, sequence: int) -> None:
     """Publish an exhausted advisory again, since its processors have died, and remove the old one.
 
     Raises:
@@ -56,15 +55,15 @@ async def publish_again(nc: Client, dlq_stream: str, dlq_durable: str, sequence:
     advisory = await get_message(nc, dlq_stream, sequence)
     if advisory:
         await _publish(nc, dlq_stream, sequence, advisory.subject, advisory.data, advisory.headers)
-        await nc.request(ack_subject(dlq_stream, dlq_durable, 1, sequence), ACK, TIMEOUT)
+        await nc.request(ack_subject(dlq_stream, dlq_durable, 1, sequence), ACK, REQUEST_TIMEOUT)
 
 
 async def _publish(
     nc: Client, dlq_stream: str, sequence: int, subject: str, data: bytes, headers: dict[str, str]
 ) -> None:
-    # The same id whoever publishes it: where a processor has died after this, the old one is still there.
+    # A processor may die before it has acked the old one; what is then published again has the same id.
     headers = headers | {"Nats-Msg-Id": f"{dlq_stream}.{sequence}.again"}
-    await nc.jetstream().publish(subject, data, TIMEOUT, dlq_stream, headers)
+    await nc.jetstream().publish(subject, data, REQUEST_TIMEOUT, dlq_stream, headers)
 
 
 def _number(headers: dict[str, str] | None, name: str) -> float:

@@ -19,9 +19,10 @@ from jobqueue.retrying import retry_at_start
 log = logging.getLogger(__name__)
 
 API_TIMEOUT = 1.0  # seconds
+REQUEST_TIMEOUT = 5.0  # seconds for what a single attempt must not lose: a publish, an ack
 VERSION_1_TOKENS = 9  # of an ack subject; version 2 has a domain and an account's hash before the stream
 CONSUMER_NOT_FOUND, CONSUMER_EXISTS = 10014, 10148  # JetStream's error codes
-MAX_AGE = 0.5  # seconds
+DURABLE_VALID_FOR = 0.5  # seconds
 DEFAULT_MAX_ACK_PENDING = 1000  # the server's
 
 
@@ -114,13 +115,18 @@ async def ensure_durable(nc: Client, stream: str, config: ConsumerConfig, *, upd
     return await api_request(nc, subject, {"stream_name": stream, "config": current | own})
 
 
+def shortest_ack_wait(config: dict[str, Any]) -> float:
+    """Return the seconds until a message of a durable is redelivered unless there is a heartbeat."""
+    return float(min(config.get("backoff") or [config["ack_wait"]])) / 1e9
+
+
 def subject_filters(config: dict[str, Any]) -> list[str]:
     """Return the subject filters of a durable."""
     return config.get("filter_subjects") or [config.get("filter_subject") or ">"]
 
 
 class Durables:
-    """What the server says of a stream's durables; the answers are half a second old at the most."""
+    """What the server says of a stream's durables. An answer serves for half a second."""
 
     def __init__(self, nc: Client, stream: str) -> None:
         self._nc = nc
@@ -135,7 +141,7 @@ class Durables:
             nats.errors.Error: the server doesn't answer.
         """
         asked_at, answer = self._answers.get(durable, (0.0, {}))
-        if not answer or self._now() > asked_at + MAX_AGE:
+        if not answer or self._now() > asked_at + DURABLE_VALID_FOR:
             asked_at = self._now()
             try:
                 answer = await api_request(self._nc, f"CONSUMER.INFO.{self._stream}.{durable}")
@@ -146,6 +152,10 @@ class Durables:
             self._answers[durable] = asked_at, answer
         return answer
 
+    def forget(self, durable: str) -> None:
+        """Ask the server anew the next time."""
+        self._answers.pop(durable, None)
+
     async def has_max_deliver(self, durable: str, max_deliver: int) -> bool:
         """Return whether a durable has this MaxDeliver; an operator or another process may have changed it."""
         with suppress(Error, TimeoutError):
@@ -155,12 +165,12 @@ class Durables:
 
 
 def ack_subject(stream: str, durable: str, deliveries: int, sequence: int, stored_at: int = 0) -> str:
-    """Return the ack subject of a delivery (version 1, which every server takes), but for the numbers nobody reads.
+    """Return the ack subject of a delivery (version 1, which every server takes); the fields that nobody reads are 0.
 
     Args:
         stream: the stream's name.
         durable: the durable's name.
-        deliveries: how often the message had been delivered with this one.
+        deliveries: how often the message had been delivered, this delivery included.
         sequence: the message's stream sequence.
         stored_at: when the message was stored, in nanoseconds.
     """
@@ -178,5 +188,5 @@ def parse_ack_subject(subject: str) -> tuple[int, int]:
 
 
 async def probe_ack(nc: Client, subject: str) -> None:
-    """Let the server refuse an ack subject that this user may not publish to: it does before its next answer."""
+    """Send a heartbeat, so that the server refuses at once an ack subject that this user may not publish to."""
     await nc.publish(subject, Msg.Ack.Progress)

@@ -1,4 +1,4 @@
-"""Which messages of a durable are dead: delivered, not done, and not to be delivered again. No request tells."""
+"""Which messages of a durable are dead: delivered, not done, and never to be redelivered. No request lists them."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
@@ -12,8 +12,8 @@ from jobqueue.reading import StoredMessage, gather_some, get_message, read_messa
 from jobqueue.streams import subject_filters
 
 CONFIRM_DELAY = 2.5  # seconds from the last ack until its message has left the stream, on replicas too
-MAX_STEP = 5.0  # seconds that count between two looks: after a pause, heartbeats that have arrived may be unread
-MARGIN = 1.0  # seconds by which the server's timers may be late
+MAX_STEP = 5.0  # seconds that count between two looks: after a pause of this process, heartbeats may be unread
+MAX_TIMER_LATENESS = 1.0  # seconds, of the server
 
 
 class Watch:
@@ -24,15 +24,16 @@ class Watch:
     - waiting for a retry: then, as long as there are pull requests, it is delivered after its back-off, and is in
       flight, done or dead when all of its back-offs are over.
 
-    So what has been silent for all back-offs, while there were pull requests, is dead; and so is all that is left when
-    the server says that nothing is pending. Any doubt (a new leader, a new durable, a reconnect) begins this anew.
+    So a message of which neither an ack nor a heartbeat was heard for all back-offs, while there were pull requests, is
+    dead; and so is all that is left when the server says that nothing is pending. Any doubt (a new leader, a new
+    durable, a reconnect) begins this anew.
 
     Args:
         nc: the connection.
         stream: the stream's name.
         durable: the durable's name.
         read_known: returns the stream sequences of the messages that don't matter.
-        matters: says of a message whether it matters.
+        matters: returns False for a message that is to be ignored.
     """
 
     def __init__(
@@ -65,12 +66,15 @@ class Watch:
         Raises:
             nats.errors.Error: the server doesn't answer.
         """
-        if self._fingerprint != (fingerprint := self._doubts(info)):
+        if self._fingerprint != (fingerprint := self._take_fingerprint(info)):
             await self.stop()
             self._fingerprint = fingerprint
         now, is_idle = self._now(), not info["num_ack_pending"]
         since, self._looked_at = self._looked_at, now
         before, self._delivered = self._delivered, info["delivered"]["stream_seq"]
+        if info["config"]["max_deliver"] < 1 and not is_idle:  # all that is pending will be redelivered
+            await self.stop()
+            return []
         if not self.suspects:
             # Under traffic, what was delivered just now need not be looked at.
             await self._find_suspects(subject_filters(info["config"]), self._delivered if is_idle else before)
@@ -81,7 +85,7 @@ class Watch:
         if self._idle_since is not None:
             is_certain = now >= self._idle_since + CONFIRM_DELAY
         else:
-            is_certain = self._silent_for > _all_backoffs(info["config"]) + MARGIN
+            is_certain = self._silent_for > _all_backoffs(info["config"]) + MAX_TIMER_LATENESS
             self._idle_since = now if is_idle else None
         return await self._conclude() if is_certain else []
 
@@ -90,7 +94,7 @@ class Watch:
         self.suspects = []
         await self._listener.stop()
 
-    def _doubts(self, info: dict[str, Any]) -> Any:
+    def _take_fingerprint(self, info: dict[str, Any]) -> Any:
         config, leader = info["config"], (info.get("cluster") or {}).get("leader")
         return info["created"], leader, self._nc.stats["reconnects"], _all_backoffs(config), subject_filters(config)
 
@@ -120,8 +124,6 @@ class Watch:
 def _all_backoffs(config: dict[str, Any]) -> float:
     """Return the seconds for which a message may wait in all, from its first delivery to the last."""
     deliveries = config["max_deliver"]
-    if deliveries < 1:
-        return float("inf")
     waits = config.get("backoff") or [config["ack_wait"]]
     return float(sum(waits[:deliveries]) + waits[-1] * max(0, deliveries - len(waits))) / 1e9
 

@@ -17,7 +17,7 @@ from jobqueue.in_flight import LEAVE, Entry, Registry
 from jobqueue.pulling import Prefetch, PullRequests
 from jobqueue.recovery import Recovery
 from jobqueue.retrying import retry_at_start
-from jobqueue.streams import ack_subject, api_request, ensure_durable, probe_ack
+from jobqueue.streams import ack_subject, api_request, ensure_durable, probe_ack, shortest_ack_wait
 from jobqueue.time_limit import TimeLimit
 
 log = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class Worker:
         for field in ("deliver_subject", "priority_groups"):
             if config.get(field):
                 raise Failure(f"{durable} has {field}, and can't be used: delete it by `nats consumer rm -f`")
-        return float(min(config.get("backoff") or [config["ack_wait"]])) / 1e9
+        return shortest_ack_wait(config)
 
     async def _finish(self) -> None:
         """Wait until no more can come, all is processed, and the acks are confirmed."""

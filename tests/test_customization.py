@@ -60,8 +60,8 @@ async def test_asynchronous_work_and_json(server: Server, nc: Client, tmp_path: 
     async with server.script(consumer, *CONSUMER[1:], PATH=path) as running:
         await running.line(".* will be processed via DLQ", 2)
     assert (tmp_path / "sent").read_text() == "Welcome"
-    (logged,) = re.findall(r"`(error processing .*?)`", README.replace("\n", " "))
-    assert running.found(".*bob.*")[0] == logged
+    (logged,) = re.findall(r"(error processing .*) \(attempt 1 of 2, .*", README)
+    assert running.found(".*bob.*")[0].startswith(f"{logged} (attempt ")
     assert running.found(r"error processing \{\"to\": \"ann: JSONDecodeError: .*")
 
 

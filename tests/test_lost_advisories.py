@@ -222,11 +222,11 @@ async def test_each_durable_is_looked_at_by_its_own_filter(server: Server, nc: C
 
 
 async def test_orders_that_are_worked_on_or_wait_are_left_alone(server: Server, nc: Client) -> None:
-    await publish(nc, *(b"order-%d" % i for i in range(20)))
+    await publish(nc, *(b"order-%d" % i for i in range(10)))
     consumer = (*CONSUMER, "--failure-rate", "0", "--work-time", "2")
     async with server.script(*DLQ) as dlq, server.script(*consumer) as running:
         await emptied(nc, "orders_stream")
-        assert len(running.found("received .*")) == 20
+        assert len(running.found("received .*")) == 10
         assert not dlq.lines
         assert (await state(nc, "orders_unprocessed"))["last_seq"] == 0
 
@@ -235,7 +235,7 @@ async def test_dead_letters_that_are_being_reprocessed_are_left_alone(
     server: Server, nc: Client, tmp_path: Path
 ) -> None:
     await dead_letters(nc, b"order-0", b"order-1")
-    slow = with_body("dlq/consumer.py", "reprocess", "await asyncio.sleep(25)", tmp_path)
+    slow = with_body("dlq/consumer.py", "reprocess", "await asyncio.sleep(16)", tmp_path)
     async with server.script(slow, *DLQ[1:]) as one, server.script(slow, *DLQ[1:]) as two:
         await emptied(nc, *BOTH)
         assert sorted(one.messages + two.messages) == ["reprocessing order order-0", "reprocessing order order-1"]

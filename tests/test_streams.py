@@ -91,7 +91,7 @@ async def test_a_durable_has_the_articles_configuration(
         "max_deliver": 2,
         "deliver_policy": "all",
         "replay_policy": "instant",
-        "max_ack_pending": 1000,
+        "max_ack_pending": 100_000,
         "max_waiting": 512,
         "num_replicas": 0,
     }
