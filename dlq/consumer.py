@@ -15,6 +15,7 @@ from functools import partial
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js.api import AckPolicy, ConsumerConfig
+from nats.js.errors import NotFoundError
 
 from jobqueue.advisories import ADVISORY, DeadLetter, parse_advisory
 from jobqueue.arguments import make_parser, number, stream_name, whole_number
@@ -98,7 +99,7 @@ async def handle(
         if attempt_of(advisory, MAX_DELIVER) < MAX_DELIVER:
             return LEAVE
         delay = await wait_out(partial(schedule_next_attempt, nc, dlq_stream, advisory))
-    except TRANSIENT_ERRORS:  # a shutdown doesn't wait for the server: the advisory is redelivered
+    except (*TRANSIENT_ERRORS, NotFoundError):  # a shutdown doesn't wait for the server: the advisory is redelivered
         return LEAVE
     log.error("%s stays in %s; next attempt in %g s", printable(found.data), stream, delay)
     return ACK  # of this advisory; there is another one for the next attempt

@@ -148,6 +148,9 @@ async def handle_batch(nc: Client, claims: Claims, items: list[Item]) -> None:
     """Redrive or discard some dead letters."""
 
     async def handle(item: Item, order: StoredMessage) -> None:
+        if not claims.are_valid():
+            skip(order.sequence, "its claim has expired, and a DLQ processor takes care of it")
+            return
         try:
             if options.command == "retry":
                 await redrive(nc, item.dead_letter, order)

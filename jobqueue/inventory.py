@@ -52,9 +52,9 @@ async def verify_dead(
         messages = await gather_some(
             [partial(get_message, nc, item.dead_letter.stream, item.dead_letter.sequence) for item in some]
         )
+        found = {name: await durables.find(name) for name in {item.dead_letter.consumer for item in some}}
         for item, message in zip(some, messages, strict=True):
-            durable = await durables.find(item.dead_letter.consumer)
-            yield item, message, why_alive(item.dead_letter, message, durable)
+            yield item, message, why_alive(item.dead_letter, message, found[item.dead_letter.consumer])
 
 
 def as_json(item: Item, message: StoredMessage) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from collections.abc import Iterable
 from functools import partial
 from itertools import count
@@ -21,8 +22,9 @@ from jobqueue.watch import Watch
 log = logging.getLogger(__name__)
 
 LOOK_INTERVAL = 2.5  # seconds between two looks
-SHORT_INTERVAL = 0.5  # seconds, where somebody waits for the result
+SHORT_INTERVAL = 0.5  # seconds, while there is something to be found
 MIN_LOOKS = 3
+RUN_TIMEOUT = 10.0  # seconds, and all back-offs
 FULL_LOOK_EVERY = 10  # looks; the others leave the advisories alone while nothing seems to be dead
 MAX_LOOK_SHARE = 0.25  # of the time for looks; with many dead letters a look takes long
 
@@ -53,13 +55,12 @@ async def keep_publishing(nc: Client, dlq_stream: str, dlq_durable: str, stream:
             for durable, sequences in lost:
                 await _publish_advisories(nc, stream, durable, sequences)
             await gather_some([partial(restore_exhausted, nc, dlq_stream, dlq_durable, number) for number in exhausted])
-            complaint = ""
         except Exception as error:  # whatever it is, the next look comes
-            await search.stop()
             if complaint != (reason := describe_error(error)):
                 complaint = reason
                 log.warning("cannot look for dead letters without an advisory: %s; trying again", reason)
-        await asyncio.sleep(max(LOOK_INTERVAL, (now() - begun) / MAX_LOOK_SHARE))
+        interval = SHORT_INTERVAL if search.is_watching else LOOK_INTERVAL
+        await asyncio.sleep(max(interval, (now() - begun) / MAX_LOOK_SHARE))
 
 
 async def _publish_advisories(nc: Client, stream: str, durable: dict[str, Any], sequences: list[int]) -> None:
@@ -94,13 +95,18 @@ class Search:
             nats.errors.Error: the server doesn't answer, or the stream is no work queue.
         """
         found: list[Found] = []
-        may_be_some = False
+        may_be_some, now = False, asyncio.get_running_loop().time
+        deadline = math.inf
         for looks in count(1):
             found += (await self.look(always=may_be_some))[0]
             may_be_some = may_be_some or self._count > 0
-            if looks == MIN_LOOKS and self.is_watching:
-                log.info("looking for dead letters without an advisory")
             if looks >= MIN_LOOKS and not self.is_watching:
+                break
+            if looks == MIN_LOOKS:
+                log.info("looking for dead letters without an advisory")
+                deadline = now() + RUN_TIMEOUT + max(watch.patience for watch in self._watches.values())
+            if now() > deadline:
+                log.warning("cannot tell whether there are more dead letters: no consumer asks for what may be waiting")
                 break
             await asyncio.sleep(SHORT_INTERVAL)
         return found

@@ -62,7 +62,8 @@ async def _publish(
     nc: Client, dlq_stream: str, sequence: int, subject: str, data: bytes, headers: dict[str, str]
 ) -> None:
     # A processor may die before it has acked the old one; what is then published again has the same id.
-    headers = headers | {"Nats-Msg-Id": f"{dlq_stream}.{sequence}.again"}
+    kept = {name: value for name, value in headers.items() if not name.lower().startswith("nats-")}
+    headers = kept | {"Nats-Msg-Id": f"{dlq_stream}.{sequence}.again"}
     await nc.jetstream().publish(subject, data, REQUEST_TIMEOUT, dlq_stream, headers)
 
 

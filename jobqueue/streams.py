@@ -142,14 +142,13 @@ class Durables:
         """
         asked_at, answer = self._answers.get(durable, (0.0, {}))
         if not answer or self._now() > asked_at + DURABLE_VALID_FOR:
-            asked_at = self._now()
             try:
                 answer = await api_request(self._nc, f"CONSUMER.INFO.{self._stream}.{durable}")
             except NotFoundError as error:
                 if error.err_code != CONSUMER_NOT_FOUND:
                     raise
                 return None
-            self._answers[durable] = asked_at, answer
+            self._answers[durable] = self._now(), answer
         return answer
 
     def forget(self, durable: str) -> None:

@@ -12,7 +12,6 @@ from jobqueue.reading import StoredMessage, gather_some, get_message, read_messa
 from jobqueue.streams import subject_filters
 
 CONFIRM_DELAY = 2.5  # seconds from the last ack until its message has left the stream, on replicas too
-MAX_STEP = 5.0  # seconds that count between two looks: after a pause of this process, heartbeats may be unread
 MAX_TIMER_LATENESS = 1.0  # seconds, of the server
 
 
@@ -21,12 +20,11 @@ class Watch:
 
     A message that isn't dead is one of these:
     - in flight: then its heartbeats are heard, three times within the ack wait;
-    - waiting for a retry: then, as long as there are pull requests, it is delivered after its back-off, and is in
-      flight, done or dead when all of its back-offs are over.
+    - waiting for a retry: then, where there are pull requests, it is delivered after its back-off, and is in flight,
+      done or dead when it has had all of its deliveries.
 
-    So a message of which neither an ack nor a heartbeat was heard for all back-offs, while there were pull requests, is
-    dead; and so is all that is left when the server says that nothing is pending. Any doubt (a new leader, a new
-    durable, a reconnect) begins this anew.
+    So a message of which neither an ack nor a heartbeat was heard until then is dead; and so is all that is left when
+    the server says that nothing is pending. Any doubt (a new leader, a new durable, a reconnect) begins this anew.
 
     Args:
         nc: the connection.
@@ -54,7 +52,8 @@ class Watch:
         self._fingerprint: Any = None  # changes with any doubt
         self._delivered = 0  # the highest stream sequence that had been delivered at the last look
         self._looked_at = 0.0
-        self._silent_for = 0.0  # seconds in which there were pull requests
+        self._waits: list[float] = []  # seconds that a suspect may still have to wait, for one delivery after the other
+        self._wait_began = 0.0
         self._idle_since: float | None = None
 
     async def look(self, info: dict[str, Any]) -> list[int]:
@@ -66,28 +65,45 @@ class Watch:
         Raises:
             nats.errors.Error: the server doesn't answer.
         """
-        if self._fingerprint != (fingerprint := self._take_fingerprint(info)):
+        fingerprint, delivered = self._take_fingerprint(info), info["delivered"]["stream_seq"]
+        if self._fingerprint != fingerprint or delivered < self._delivered:
             await self.stop()
-            self._fingerprint = fingerprint
+            self._fingerprint, self._delivered = fingerprint, 0
         now, is_idle = self._now(), not info["num_ack_pending"]
         since, self._looked_at = self._looked_at, now
-        before, self._delivered = self._delivered, info["delivered"]["stream_seq"]
+        before, self._delivered = self._delivered, delivered
         if info["config"]["max_deliver"] < 1 and not is_idle:  # all that is pending will be redelivered
             await self.stop()
-            return []
-        if not self.suspects:
+        elif not self.suspects:
             # Under traffic, what was delivered just now need not be looked at.
-            await self._find_suspects(subject_filters(info["config"]), self._delivered if is_idle else before)
-            self._silent_for, self._idle_since, self._looked_at = 0.0, now if is_idle else None, self._now()
-            return []
-        if is_idle or info["num_waiting"] or self._delivered > before:
-            self._silent_for += min(now - since, MAX_STEP)
-        if self._idle_since is not None:
-            is_certain = now >= self._idle_since + CONFIRM_DELAY
-        else:
-            is_certain = self._silent_for > _all_backoffs(info["config"]) + MAX_TIMER_LATENESS
+            await self._find_suspects(subject_filters(info["config"]), delivered if is_idle else before)
+            self._waits, self._wait_began = _all_waits(info["config"]), self._now()
             self._idle_since = now if is_idle else None
-        return await self._conclude() if is_certain else []
+        elif self._idle_since is not None:
+            if now >= self._idle_since + CONFIRM_DELAY:
+                return await self._confirm_dead()
+        elif is_idle:
+            self._idle_since = now
+        elif self._are_waits_over(info, since, now, delivered > before):
+            return await self._confirm_dead()
+        return []
+
+    def _are_waits_over(self, info: dict[str, Any], since: float, now: float, has_delivered: bool) -> bool:
+        """Return whether what was waiting for a retry has had all of its deliveries.
+
+        The server delivers what it has to redeliver first. So when a new message was delivered, or a pull request is
+        left over, each wait that was over by then has ended in a delivery.
+        """
+        if info.get("paused") or not (info["num_waiting"] or has_delivered):
+            return False
+        if (now if info["num_waiting"] else since) > self._wait_began + self._waits[0] + MAX_TIMER_LATENESS:
+            self._waits, self._wait_began = self._waits[1:], now
+        return not self._waits
+
+    @property
+    def patience(self) -> float:
+        """How many seconds it may take until it is certain which messages are dead, if there are pull requests."""
+        return sum(self._waits) + len(self._waits) * (MAX_TIMER_LATENESS + 1)
 
     async def stop(self) -> None:
         """Forget all suspects."""
@@ -96,7 +112,8 @@ class Watch:
 
     def _take_fingerprint(self, info: dict[str, Any]) -> Any:
         config, leader = info["config"], (info.get("cluster") or {}).get("leader")
-        return info["created"], leader, self._nc.stats["reconnects"], _all_backoffs(config), subject_filters(config)
+        deliveries = config["max_deliver"], _all_waits(config), subject_filters(config)
+        return info["created"], leader, self._nc.stats["reconnects"], deliveries
 
     async def _find_suspects(self, subjects: list[str], last: int) -> None:
         def keep(message: StoredMessage) -> int:
@@ -110,7 +127,7 @@ class Watch:
         if self.suspects:
             await self._listener.start(self.suspects)
 
-    async def _conclude(self) -> list[int]:
+    async def _confirm_dead(self) -> list[int]:
         get = partial(get_message, self._nc, self._stream)
         found = await gather_some([partial(get, sequence) for sequence in self.suspects])
         # Those that have died with an advisory meanwhile are known after that, not before.
@@ -121,11 +138,10 @@ class Watch:
         return [message.sequence for message in found if message and message.sequence not in known]
 
 
-def _all_backoffs(config: dict[str, Any]) -> float:
-    """Return the seconds for which a message may wait in all, from its first delivery to the last."""
-    deliveries = config["max_deliver"]
-    waits = config.get("backoff") or [config["ack_wait"]]
-    return float(sum(waits[:deliveries]) + waits[-1] * max(0, deliveries - len(waits))) / 1e9
+def _all_waits(config: dict[str, Any]) -> list[float]:
+    """Return the seconds that a message waits after each of its deliveries."""
+    waits, deliveries = config.get("backoff") or [config["ack_wait"]], max(config["max_deliver"], 1)
+    return [wait / 1e9 for wait in (waits + waits[-1:] * deliveries)[:deliveries]]
 
 
 def _gaps(known: set[int], last: int) -> Iterator[tuple[int, int]]:

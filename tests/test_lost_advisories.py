@@ -4,6 +4,7 @@ import asyncio
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
 
@@ -140,14 +141,14 @@ async def process(order: Msg) -> None:
     if order.data.startswith(b"dead"):
         raise ValueError
     log.info("began %s", printable(order.data))
-    await asyncio.sleep(14 if order.data.startswith(b"slow") else 0.01)
+    await asyncio.sleep(60 if order.data.startswith(b"slow") else 0.01)
 """
 
 
 @asynccontextmanager
 async def busy(server: Server, nc: Client, directory: Path) -> AsyncIterator[tuple[Script, Script]]:
     """Run a consumer in traffic that never stops, with work that takes longer than all back-offs, and the DLQ."""
-    consumer = (edited("consumer/consumer.py", BUSY, directory), *CONSUMER[1:], "--concurrency", "64")
+    consumer = (edited("consumer/consumer.py", BUSY, directory), *CONSUMER[1:], "--concurrency", "128")
     async with server.script(*consumer) as working, server.script(*DLQ) as dlq, traffic(nc):
         yield working, dlq
     begun = working.found("began (.*)")
@@ -159,13 +160,26 @@ async def busy(server: Server, nc: Client, directory: Path) -> AsyncIterator[tup
 async def test_dead_letters_without_advisory_are_found_on_a_queue_that_is_never_idle(
     server: Server, nc: Client, tmp_path: Path
 ) -> None:
-    await dead_letters(nc, b"dead-0", b"dead-1")
-    await request(nc, "STREAM.PURGE.orders_unprocessed")
+    """Others wait for a retry meanwhile, or are in flight for longer than all back-offs."""
+    config = (await request(nc, "STREAM.INFO.orders_unprocessed"))["config"]
     async with busy(server, nc, tmp_path) as (consumer, dlq):
-        await dlq.line("reprocessing order .*", 2)
-        assert sorted(dlq.found("reprocessing order (.*)")) == ["dead-0", "dead-1"]
-        await consumer.line("began slow-50")
-        assert len(dlq.found("reprocessing .*")) == 2
+        await consumer.line("began slow-10")
+        await request(nc, "STREAM.UPDATE.orders_unprocessed", config | {"subjects": [f"{ADVISORIES}.nobody"]})
+        advisories = await nc.subscribe(f"{ADVISORIES}.processor")
+        await publish(nc, b"dead-0", b"dead-1")
+        for _ in range(2):
+            await advisories.next_msg(PATIENCE)
+        await advisories.unsubscribe()
+        await request(nc, "STREAM.UPDATE.orders_unprocessed", config)
+        number = 2
+        async with asyncio.timeout(PATIENCE):
+            while len(dlq.found("dead letter .* had no advisory: published one")) < 2:
+                await publish(nc, b"dead-%d" % number)
+                number += 1
+                await asyncio.sleep(0.5)
+        await dlq.line("reprocessing order dead-.*", number)
+        assert len(consumer.found("error processing dead-.*")) == 2 * number
+        assert len(dlq.found("reprocessing order .*")) == number
 
 
 @pytest.mark.faults
@@ -257,3 +271,36 @@ async def test_a_stuck_advisory_that_is_malformed_goes(server: Server, nc: Clien
     async with server.script(*DLQ) as dlq:
         await emptied(nc, "orders_unprocessed")
         assert dlq.messages == ["deleted, for it is no advisory of orders_stream: junk"]
+
+
+async def test_orders_that_wait_for_a_retry_while_their_durable_is_paused_are_left_alone(
+    server: Server, nc: Client
+) -> None:
+    await dead_letters(nc, b"dead-0")
+    await request(nc, "STREAM.PURGE.orders_unprocessed")
+    await publish(nc, b"order-1")
+    async with server.script(*CONSUMER, "--failure-rate", "1") as consumer, server.script(*DLQ) as dlq:
+        await consumer.line("error processing order-1")
+        until = f"{datetime.now(UTC) + timedelta(seconds=25):%Y-%m-%dT%H:%M:%SZ}"
+        paused = await request(nc, "CONSUMER.PAUSE.orders_stream.processor", {"pause_until": until})
+        if "error" in paused:
+            pytest.skip("this nats-server cannot pause a durable")
+        await consumer.line("order-1 will be processed via DLQ")
+        await emptied(nc, *BOTH)
+        assert dlq.found("reprocessing order order-1") == ["reprocessing order order-1"]
+        assert len(consumer.found("error processing order-1")) == 2
+
+
+async def test_a_durable_that_is_created_again_makes_no_order_of_its_own_dead(
+    server: Server, nc: Client, tmp_path: Path
+) -> None:
+    """What the old one had delivered last tells nothing of the new one."""
+    await dead_letters(nc, b"dead-0")
+    await request(nc, "STREAM.PURGE.orders_unprocessed")
+    await publish(nc, *(b"order-%d" % i for i in range(80)))
+    consumer = (*CONSUMER, "--failure-rate", "0", "--work-time", "0.8", "--concurrency", "4")
+    async with server.script(*consumer) as running, server.script(*DLQ) as dlq:
+        await running.line("received .*", 30)
+        await request(nc, "CONSUMER.DELETE.orders_stream.processor")
+        await emptied(nc, *BOTH)
+        assert not dlq.found(".*had no advisory.*|reprocessing order order-.*")
