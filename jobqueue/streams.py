@@ -13,7 +13,7 @@ from nats.errors import Error
 from nats.js.api import ConsumerConfig
 from nats.js.errors import APIError, NotFoundError
 
-from jobqueue.errors import Failure, printable
+from jobqueue.errors import Failure, describe_error, printable
 from jobqueue.retrying import retry_at_start
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 API_TIMEOUT = 1.0  # seconds
 REQUEST_TIMEOUT = 5.0  # seconds for what a single attempt must not lose: a publish, an ack
 VERSION_1_TOKENS = 9  # of an ack subject; version 2 has a domain and an account's hash before the stream
-CONSUMER_NOT_FOUND, CONSUMER_EXISTS = 10014, 10148  # JetStream's error codes
+CONSUMER_NOT_FOUND, CONSUMER_EXISTS, MAX_ACK_PENDING_TOO_HIGH = 10014, 10148, 10121  # JetStream's error codes
 DURABLE_VALID_FOR = 0.5  # seconds
 DEFAULT_MAX_ACK_PENDING = 1000  # the server's
 
@@ -96,7 +96,7 @@ async def ensure_durable(nc: Client, stream: str, config: ConsumerConfig, *, upd
         info = await api_request(nc, f"CONSUMER.INFO.{stream}.{durable}")
     except NotFoundError:
         try:
-            return await api_request(nc, subject, {"stream_name": stream, "config": own, "action": "create"})
+            return await _configure(nc, subject, {"stream_name": stream, "config": own, "action": "create"})
         except APIError as error:
             if error.err_code != CONSUMER_EXISTS:  # another process has just created it
                 raise
@@ -112,7 +112,18 @@ async def ensure_durable(nc: Client, stream: str, config: ConsumerConfig, *, upd
             "all its processes share that. To change it, stop them, run "
             f"`nats consumer rm -f {stream} {durable}`, and start again: what was skipped is then delivered"
         )
-    return await api_request(nc, subject, {"stream_name": stream, "config": current | own})
+    return await _configure(nc, subject, {"stream_name": stream, "config": current | own})
+
+
+async def _configure(nc: Client, subject: str, request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return await api_request(nc, subject, request)
+    except APIError as error:
+        if error.err_code != MAX_ACK_PENDING_TOO_HIGH:
+            raise
+        log.warning("%s; orders that wait for a retry may hold up others", describe_error(error))
+        del request["config"]["max_ack_pending"]
+        return await api_request(nc, subject, request)
 
 
 def shortest_ack_wait(config: dict[str, Any]) -> float:

@@ -285,6 +285,20 @@ async def test_what_the_account_limits_of_durables_and_storage(cloud: Cloud, tmp
     ]
 
 
+async def test_an_account_may_limit_max_ack_pending(cloud: Cloud) -> None:
+    app = cloud.user("app.creds")
+    await cloud.create_streams(**app)
+    await _change(cloud, max_ack_pending=500)
+    async with cloud.client() as nc, cloud.script(*CONSUMER, "--failure-rate", "0", **app) as consumer:
+        await publish(nc, b"order-0")
+        await consumer.line("received order-0 .*")
+        assert consumer.messages[0] == (
+            "consumer max ack pending exceeds system limit of 500 (10121); "
+            "orders that wait for a retry may hold up others"
+        )
+        assert await consumer.stop() == 0
+
+
 ROLES = {
     role: [re.findall(r"`([^`]+)`", cell) for cell in cells.split("|")]
     for role, cells in re.findall(

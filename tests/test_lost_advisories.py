@@ -279,16 +279,16 @@ async def test_orders_that_wait_for_a_retry_while_their_durable_is_paused_are_le
     await dead_letters(nc, b"dead-0")
     await request(nc, "STREAM.PURGE.orders_unprocessed")
     await publish(nc, b"order-1")
-    async with server.script(*CONSUMER, "--failure-rate", "1") as consumer, server.script(*DLQ) as dlq:
+    async with server.script(*CONSUMER, "--failure-rate", "1") as consumer:
         await consumer.line("error processing order-1")
-        until = f"{datetime.now(UTC) + timedelta(seconds=25):%Y-%m-%dT%H:%M:%SZ}"
-        paused = await request(nc, "CONSUMER.PAUSE.orders_stream.processor", {"pause_until": until})
-        if "error" in paused:
+        end = f"{datetime.now(UTC) + timedelta(seconds=30):%Y-%m-%dT%H:%M:%SZ}"
+        if "error" in await request(nc, "CONSUMER.PAUSE.orders_stream.processor", {"pause_until": end}):
             pytest.skip("this nats-server cannot pause a durable")
-        await consumer.line("order-1 will be processed via DLQ")
-        await emptied(nc, *BOTH)
-        assert dlq.found("reprocessing order order-1") == ["reprocessing order order-1"]
-        assert len(consumer.found("error processing order-1")) == 2
+        async with server.script(*DLQ) as dlq:
+            await consumer.line("order-1 will be processed via DLQ")
+            assert not dlq.found("reprocessing order order-1")
+            await emptied(nc, *BOTH)
+            assert len(dlq.found("reprocessing order .*")) == 2
 
 
 async def test_a_durable_that_is_created_again_makes_no_order_of_its_own_dead(
