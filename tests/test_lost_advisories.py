@@ -291,16 +291,20 @@ async def test_orders_that_wait_for_a_retry_while_their_durable_is_paused_are_le
             assert len(dlq.found("reprocessing order .*")) == 2
 
 
-async def test_a_durable_that_is_created_again_makes_no_order_of_its_own_dead(
-    server: Server, nc: Client, tmp_path: Path
-) -> None:
+async def test_a_durable_that_is_created_again_makes_no_order_of_its_own_dead(server: Server, nc: Client) -> None:
     """What the old one had delivered last tells nothing of the new one."""
     await dead_letters(nc, b"dead-0")
     await request(nc, "STREAM.PURGE.orders_unprocessed")
-    await publish(nc, *(b"order-%d" % i for i in range(80)))
-    consumer = (*CONSUMER, "--failure-rate", "0", "--work-time", "0.8", "--concurrency", "4")
-    async with server.script(*consumer) as running, server.script(*DLQ) as dlq:
-        await running.line("received .*", 30)
-        await request(nc, "CONSUMER.DELETE.orders_stream.processor")
-        await emptied(nc, *BOTH)
-        assert not dlq.found(".*had no advisory.*|reprocessing order order-.*")
+    await publish(nc, *(b"order-%d" % i for i in range(150)))
+    consumer = (*CONSUMER, "--failure-rate", "0", "--concurrency")
+    async with server.script(*consumer, "150", "--work-time", "600") as old:
+        await old.line("received .*", 150)
+        looks = await nc.subscribe("$JS.API.CONSUMER.LIST.orders_stream")
+        async with server.script(*DLQ) as dlq:
+            for _ in range(3):
+                await looks.next_msg(PATIENCE)
+            await old.stop(signal.SIGKILL)
+            await request(nc, "CONSUMER.DELETE.orders_stream.processor")
+            async with server.script(*consumer, "4", "--work-time", "0.8") as new:
+                await new.line("received .*", 100)
+                assert not dlq.found(".*had no advisory.*|reprocessing .*")

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import signal
 import sys
 from collections import Counter
 from contextlib import suppress
@@ -154,6 +155,26 @@ async def test_a_dead_letter_that_a_dlq_processor_has_in_flight_is_left_to_it(
             assert "# 1 in orders_stream is skipped: a DLQ processor has it in flight" in script.messages
         await emptied(nc, *BOTH)
         assert dlq.messages == ["reprocessing order order-0"]
+
+
+async def test_a_dlq_processor_begins_nothing_that_is_claimed(server: Server, nc: Client, tmp_path: Path) -> None:
+    """It has the advisory in its queue, and is suspended until that is claimed, but not redriven yet."""
+    await dead_letters(nc, b"order-0", b"order-1")
+    before = (await state(nc, "orders_unprocessed"))["last_seq"]
+
+    async def is_claimed() -> bool:
+        return (await state(nc, "orders_unprocessed"))["last_seq"] > before
+
+    slow = with_body("dlq/consumer.py", "reprocess", "await asyncio.sleep(0.3)", tmp_path)
+    async with proxied(server.port) as proxy, server.script(slow, *DLQ[1:]) as dlq:
+        await dlq.line("reprocessing order order-0")
+        dlq.process.send_signal(signal.SIGSTOP)
+        proxy.delay = 0.3
+        async with server.script(*MANAGE, "retry", "2", NATS_URL=proxy.url) as script:
+            await until(is_claimed)
+            dlq.process.send_signal(signal.SIGCONT)
+            await dlq.line("nothing to reprocess: stream sequence # 2 in orders_stream is claimed by dlq/manage.py")
+            assert await script.status() == 0
 
 
 async def test_it_is_safe_beside_dlq_processors_consumers_and_itself(
