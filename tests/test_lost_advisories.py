@@ -32,6 +32,7 @@ from tests.harness import (
     with_body,
 )
 
+PROCESSOR = ("orders_stream", "processor")
 BOTH = ("orders_stream", "orders_unprocessed")
 
 
@@ -304,7 +305,9 @@ async def test_a_durable_that_is_created_again_makes_no_order_of_its_own_dead(se
             for _ in range(3):
                 await looks.next_msg(PATIENCE)
             await old.stop(signal.SIGKILL)
+            made = {"stream_name": "orders_stream", "config": (await durable_info(nc, *PROCESSOR))["config"]}
             await request(nc, "CONSUMER.DELETE.orders_stream.processor")
+            await request(nc, "CONSUMER.CREATE.orders_stream.processor.orders.*", made)
             async with server.script(*consumer, "4", "--work-time", "0.8") as new:
                 await new.line("received .*", 100)
                 assert not dlq.found(".*had no advisory.*|reprocessing .*")
