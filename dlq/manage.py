@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 from collections import Counter
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 
@@ -67,8 +68,11 @@ def parse_args() -> None:
 def confirm() -> None:
     """Ask before everything is discarded."""
     if options.command == "discard" and options.all and not options.yes:
-        print(f"discard all dead letters of {options.original_stream}? [y/N] ", end="", file=sys.stderr, flush=True)
-        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        print(f"discard all dead letters of {options.original_stream}? [y/N]", file=sys.stderr)
+        answer = ""
+        with suppress(KeyboardInterrupt):
+            answer = sys.stdin.readline()
+        if answer.strip().lower() not in ("y", "yes"):
             sys.exit("nothing is discarded")
 
 

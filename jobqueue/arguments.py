@@ -15,7 +15,8 @@ environment:
   SSL_CERT_FILE               the authority of the server's certificate, if it isn't one of the well-known ones
 
 exit status:
-  0  publisher: every order is stored; consumers: a graceful shutdown (SIGINT, SIGTERM) has finished
+  0  publisher: every order is stored; consumers: a graceful shutdown (SIGINT, SIGTERM) has finished;
+     manage: the command is carried out for all
   1  any other error; a line says which
   2  wrong usage
 """

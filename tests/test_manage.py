@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import random
 import signal
 import sys
@@ -118,6 +119,25 @@ async def test_dead_letters_are_discarded_after_they_have_been_printed(server: S
     assert refused.lines[-1].endswith("error: --all needs --yes where nobody can be asked")
     await manage(server, "discard", "--all", "--yes")
     assert [await messages(nc, stream) for stream in BOTH] == [0, 0]
+
+
+@pytest.mark.parametrize(("answer", "left"), [(b"y\n", 0), (b"n\n", 1), (b"\x04", 1), (signal.SIGINT, 1)])
+async def test_a_terminal_is_asked_before_all_are_discarded(
+    server: Server, nc: Client, answer: bytes | signal.Signals, left: int
+) -> None:
+    await dead_letters(nc, b"order-0")
+    master, slave = os.openpty()
+    async with server.script(*MANAGE, "discard", "--all", stdin=slave) as script:
+        await script.line(r"discard all dead letters of orders_stream\? \[y/N\]")
+        if isinstance(answer, bytes):
+            os.write(master, answer)
+        else:
+            script.process.send_signal(answer)
+        assert await script.status() == left
+    os.close(master)
+    os.close(slave)
+    assert left == 0 or script.messages[1:] == ["nothing is discarded"]
+    assert await messages(nc, "orders_stream") == left
 
 
 async def test_what_is_no_dead_letter_is_refused(server: Server, nc: Client) -> None:
