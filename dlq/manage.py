@@ -68,9 +68,9 @@ def parse_args() -> None:
 def confirm() -> None:
     """Ask before everything is discarded."""
     if options.command == "discard" and options.all and not options.yes:
-        print(f"discard all dead letters of {options.original_stream}? [y/N]", file=sys.stderr)
         answer = ""
         with suppress(KeyboardInterrupt):
+            print(f"discard all dead letters of {options.original_stream}? [y/N]", file=sys.stderr)
             answer = sys.stdin.readline()
         if answer.strip().lower() not in ("y", "yes"):
             sys.exit("nothing is discarded")
