@@ -17,7 +17,7 @@ from nats.aio.msg import Msg
 from nats.js.api import AckPolicy, ConsumerConfig
 from nats.js.errors import NotFoundError
 
-from jobqueue.advisories import ADVISORY, DeadLetter, parse_advisory
+from jobqueue.advisories import DeadLetter, parse_advisory, require_streams
 from jobqueue.arguments import make_parser, number, stream_name, whole_number
 from jobqueue.connection import connect
 from jobqueue.dead_letters import as_delivered, begin_reprocessing, remove_message
@@ -29,7 +29,7 @@ from jobqueue.redelivery import attempt_of, nak_until_due, schedule_next_attempt
 from jobqueue.redrive import is_redrive, redrive
 from jobqueue.retrying import retry
 from jobqueue.script import shutdown_on_signal, start
-from jobqueue.streams import Durables, parse_ack_subject, require_stream
+from jobqueue.streams import Durables, parse_ack_subject
 from jobqueue.time_limit import TimeLimit
 from jobqueue.worker import Worker
 
@@ -124,10 +124,7 @@ async def attempt(
 
 async def check_streams(nc: Client) -> None:
     """Check that the streams exist, and that the one is for the other's advisories: all else would be deleted."""
-    stream, dlq_stream = options.original_stream, options.dlq_stream
-    await require_stream(nc, stream, ">", "scripts/create_orders_stream.sh", stream, "SUBJECTS")
-    create = ("scripts/create_orders_unprocessed.sh", dlq_stream, stream)
-    await require_stream(nc, dlq_stream, f"{ADVISORY}.{stream}.*", *create)
+    await require_streams(nc, options.dlq_stream, options.original_stream)
 
 
 async def run() -> int:

@@ -20,7 +20,7 @@ from functools import partial
 from nats.aio.client import Client
 from nats.errors import Error
 
-from jobqueue.advisories import ADVISORY, Item, read_advisories
+from jobqueue.advisories import Item, read_advisories, require_streams
 from jobqueue.arguments import make_parser, stream_name, whole_number
 from jobqueue.claims import Claims
 from jobqueue.connection import connect
@@ -30,7 +30,7 @@ from jobqueue.inventory import as_json, find_without_advisory, verify_dead
 from jobqueue.reading import StoredMessage, gather_some
 from jobqueue.redrive import REDRIVE_HEADER, redrive
 from jobqueue.script import shutdown_on_signal, start
-from jobqueue.streams import Durables, require_stream
+from jobqueue.streams import Durables
 
 log = logging.getLogger("manage")
 
@@ -43,7 +43,7 @@ tally: Counter[str] = Counter()
 
 
 def parse_args() -> None:
-    """Read the command line's arguments into `options`, and ask before everything is discarded."""
+    """Read the command line's arguments into `options`."""
     parser = make_parser(__doc__)
     parser.add_argument("dlq_stream", type=stream_name, help="where the advisories are, such as orders_unprocessed")
     parser.add_argument("original_stream", type=stream_name, help="where the orders are, such as orders_stream")
@@ -197,9 +197,7 @@ async def run() -> int:
     """Carry out the command, and return the exit status: 1 if it isn't carried out for all."""
     stream, dlq_stream = options.original_stream, options.dlq_stream
     async with connect(f"manage_{stream}") as nc:
-        await require_stream(nc, stream, ">", "scripts/create_orders_stream.sh", stream, "SUBJECTS")
-        create = ("scripts/create_orders_unprocessed.sh", dlq_stream, stream)
-        await require_stream(nc, dlq_stream, f"{ADVISORY}.{stream}.*", *create)
+        await require_streams(nc, dlq_stream, stream)
         try:
             await (show_all(nc) if options.command == "list" else handle_all(nc))
             sys.stdout.flush()

@@ -12,7 +12,7 @@ from nats.js.api import PubAck
 
 from jobqueue.arguments import is_name
 from jobqueue.reading import StoredMessage, format_time, parse_time, read_messages
-from jobqueue.streams import REQUEST_TIMEOUT, ack_subject, api_request
+from jobqueue.streams import REQUEST_TIMEOUT, ack_subject, api_request, require_stream
 
 ADVISORY = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES"  # .<stream>.<consumer>
 ADVISORY_TYPE = "io.nats.jetstream.advisory.v1.max_deliver"
@@ -39,6 +39,17 @@ class Item(NamedTuple):
 
     dead_letter: DeadLetter
     advisories: tuple[int, ...]
+
+
+async def require_streams(nc: Client, dlq_stream: str, stream: str) -> None:
+    """Check that both streams exist, and that the first one may have advisories of the other.
+
+    Raises:
+        Failure: they don't.
+    """
+    await require_stream(nc, stream, ">", "scripts/create_orders_stream.sh", stream, "SUBJECTS")
+    create = ("scripts/create_orders_unprocessed.sh", dlq_stream, stream)
+    await require_stream(nc, dlq_stream, f"{ADVISORY}.{stream}.*", *create)
 
 
 async def read_advisories(nc: Client, dlq_stream: str, stream: str, after: int = 0) -> dict[int, Item]:

@@ -145,11 +145,6 @@ class Search:
             return await self._without_advisory(durables), exhausted
         return [], exhausted
 
-    async def stop(self) -> None:
-        """Forget what is being watched."""
-        for watch in (self._advisory_watch, *self._watches.values()):
-            await watch.stop()
-
     async def _without_advisory(self, durables: list[dict[str, Any]]) -> list[Found]:
         names = {info["name"]: info for info in durables}
         for name in self._watches.keys() - names:

@@ -62,9 +62,13 @@ async def _publish(
     nc: Client, dlq_stream: str, sequence: int, subject: str, data: bytes, headers: dict[str, str]
 ) -> None:
     # A processor may die before it has acked the old one; what is then published again has the same id.
-    kept = {name: value for name, value in headers.items() if not name.lower().startswith("nats-")}
-    headers = kept | {"Nats-Msg-Id": f"{dlq_stream}.{sequence}.again"}
+    headers = without_instructions(headers) | {"Nats-Msg-Id": f"{dlq_stream}.{sequence}.again"}
     await nc.jetstream().publish(subject, data, REQUEST_TIMEOUT, dlq_stream, headers)
+
+
+def without_instructions(headers: dict[str, str]) -> dict[str, str]:
+    """Return the headers but for those that told the server what to do at the first publish."""
+    return {name: value for name, value in headers.items() if not name.lower().startswith("nats-")}
 
 
 def _number(headers: dict[str, str] | None, name: str) -> float:

@@ -10,6 +10,7 @@ from jobqueue.advisories import DeadLetter
 from jobqueue.dead_letters import remove_message
 from jobqueue.errors import printable
 from jobqueue.reading import StoredMessage
+from jobqueue.redelivery import without_instructions
 from jobqueue.streams import REQUEST_TIMEOUT
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ async def redrive(nc: Client, dead_letter: DeadLetter, message: StoredMessage) -
         nats.errors.Error: the server didn't answer, or refuses; the dead letter is still there.
     """
     stream = dead_letter.stream
-    headers = {name: value for name, value in message.headers.items() if not name.lower().startswith("nats-")}
+    headers = without_instructions(message.headers)
     first_id = re.sub(r"\.retry-\d+$", "", message.headers.get("Nats-Msg-Id", stream))
     headers["Nats-Msg-Id"] = f"{first_id}.retry-{message.sequence}"
     stored = await nc.jetstream().publish(message.subject, message.data, REQUEST_TIMEOUT, stream, headers)
