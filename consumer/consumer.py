@@ -4,6 +4,10 @@ Usage:
     python consumer/consumer.py orders_stream "orders.*"
 """
 
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C until `shutdown_on_signal`: end at once, without a traceback
+
 import argparse
 import asyncio
 import logging
@@ -17,7 +21,7 @@ from nats.aio.msg import Msg
 from nats.js.api import AckPolicy, ConsumerConfig
 
 from jobqueue.arguments import make_parser, number, stream_name, subject_filter, whole_number
-from jobqueue.connection import connect
+from jobqueue.connection import connect_script
 from jobqueue.dead_letters import warn_if_lost
 from jobqueue.errors import describe_failure, printable
 from jobqueue.in_flight import ACK, LEAVE, NAK
@@ -108,7 +112,7 @@ async def run() -> int:
     # As many threads as orders for work in asyncio.to_thread(), and a few for what hangs and for name look-ups.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(options.concurrency + 4))
     time_limit = TimeLimit(options.time_limit)
-    async with connect(f"consumer_{options.stream}") as nc:
+    async with connect_script(f"consumer_{options.stream}") as nc:
         await check_streams(nc)
         durables = Durables(nc, options.stream)
         worker = Worker(

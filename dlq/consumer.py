@@ -4,6 +4,10 @@ Usage:
     python dlq/consumer.py orders_unprocessed orders_stream
 """
 
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C until `shutdown_on_signal`: end at once, without a traceback
+
 import argparse
 import asyncio
 import logging
@@ -19,7 +23,7 @@ from nats.js.errors import NotFoundError
 
 from jobqueue.advisories import DeadLetter, parse_advisory, require_streams
 from jobqueue.arguments import make_parser, number, stream_name, whole_number
-from jobqueue.connection import connect
+from jobqueue.connection import connect_script
 from jobqueue.dead_letters import as_delivered, begin_reprocessing, remove_message
 from jobqueue.errors import STREAM_FULL, TRANSIENT_ERRORS, describe_error, describe_failure, printable
 from jobqueue.in_flight import ACK, LEAVE, TERM
@@ -141,7 +145,7 @@ async def run() -> int:
     # As many threads as orders for work in asyncio.to_thread(), and a few for what hangs and for name look-ups.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(options.concurrency + 4))
     time_limit = TimeLimit(options.time_limit)
-    async with connect(f"dlq_{options.original_stream}") as nc:
+    async with connect_script(f"dlq_{options.original_stream}") as nc:
         await check_streams(nc)
         shutdown = asyncio.Event()
         durables = Durables(nc, options.original_stream)

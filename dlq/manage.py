@@ -6,6 +6,10 @@ Usage:
     python dlq/manage.py orders_unprocessed orders_stream discard --all
 """
 
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C until `shutdown_on_signal`: end at once, without a traceback
+
 import argparse
 import asyncio
 import json
@@ -13,7 +17,6 @@ import logging
 import os
 import sys
 from collections import Counter
-from contextlib import suppress
 from datetime import datetime
 from functools import partial
 
@@ -23,7 +26,7 @@ from nats.errors import Error
 from jobqueue.advisories import Item, read_advisories, require_streams
 from jobqueue.arguments import make_parser, stream_name, whole_number
 from jobqueue.claims import Claims
-from jobqueue.connection import connect
+from jobqueue.connection import connect_script
 from jobqueue.dead_letters import remove_message
 from jobqueue.errors import Failure, describe_error, printable
 from jobqueue.inventory import as_json, find_without_advisory, verify_dead
@@ -68,11 +71,8 @@ def parse_args() -> None:
 def confirm() -> None:
     """Ask before everything is discarded."""
     if options.command == "discard" and options.all and not options.yes:
-        answer = ""
-        with suppress(KeyboardInterrupt):
-            print(f"discard all dead letters of {options.original_stream}? [y/N]", file=sys.stderr)
-            answer = sys.stdin.readline()
-        if answer.strip().lower() not in ("y", "yes"):
+        print(f"discard all dead letters of {options.original_stream}? [y/N]", file=sys.stderr)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             sys.exit("nothing is discarded")
 
 
@@ -196,7 +196,7 @@ async def handle_all(nc: Client) -> None:
 async def run() -> int:
     """Carry out the command, and return the exit status: 1 if it isn't carried out for all."""
     stream, dlq_stream = options.original_stream, options.dlq_stream
-    async with connect(f"manage_{stream}") as nc:
+    async with connect_script(f"manage_{stream}") as nc:
         await require_streams(nc, dlq_stream, stream)
         try:
             await (show_all(nc) if options.command == "list" else handle_all(nc))

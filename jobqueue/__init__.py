@@ -1,1 +1,24 @@
-"""What the publisher, the consumer and the DLQ processor share; nothing here knows of orders."""
+"""Publish to a job queue from a program of your own.
+
+`connect`, `publish`, `publish_many`, `Message`, `Outcome` and `Failure` are public. All else belongs to this project's
+scripts, and may change with any version.
+
+Example:
+    import asyncio
+
+    from jobqueue import Message, connect, publish
+
+
+    async def main() -> None:
+        async with connect("shop") as nc:
+            await publish(nc, "orders.new", Message(b"order-1", id="order-1"))
+
+
+    asyncio.run(main())
+"""
+
+from jobqueue.connection import connect
+from jobqueue.errors import Failure
+from jobqueue.publishing import Message, Outcome, publish, publish_many
+
+__all__ = ["Failure", "Message", "Outcome", "connect", "publish", "publish_many"]

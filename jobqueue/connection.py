@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -11,7 +11,7 @@ from nats.errors import Error
 from nats.js.errors import ServiceUnavailableError
 from nats.protocol.parser import PERMISSIONS_ERR
 
-from jobqueue.client import Client
+from jobqueue.client import Client, ProgramClient, ScriptClient
 from jobqueue.environment import read_environment
 from jobqueue.errors import Failure, describe_error
 
@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 logging.getLogger("asyncio").addFilter(lambda record: "eof_received" not in str(record.msg))
 
 CONNECT_TIMEOUT = 10.0  # seconds until the first connect has succeeded or failed
+REFUSED_SUBJECT = re.compile(r'for (?:publish|subscription) to "([^"]*)"')
 CLOSE_TIMEOUT = 2.0  # seconds for what is still to be sent when a script ends
 
 OPTIONS: dict[str, Any] = {
@@ -34,19 +35,19 @@ OPTIONS: dict[str, Any] = {
 class _Events:
     """What happens to a connection: logged, or raised where it ends the first connect."""
 
-    def __init__(self, nc: Client, servers: list[str]) -> None:
+    def __init__(self, servers: list[str], on_refused: Callable[[str, str], None]) -> None:
         self.refusal = ""  # why the server last ended the connection
         self.is_connecting = True
         self.is_open = False
-        self._nc = nc
         self._servers = servers
+        self._on_refused = on_refused
         self._failed_attempts = 0
-        self._task = asyncio.current_task()
 
     async def on_error(self, error: Exception) -> None:
         why = describe_error(error)
         if PERMISSIONS_ERR in str(error):
-            self._forbid(why)
+            subject = found[1] if (found := REFUSED_SUBJECT.search(why)) else ""
+            self._on_refused(subject, why)
             return
         if str(error).startswith("nats: '") and why != self.refusal:  # the server's own words are in quotes
             self.refusal = why
@@ -70,51 +71,83 @@ class _Events:
         self.refusal = ""
         log.info("connected again")
 
-    def _forbid(self, what: str) -> None:
-        if self._task and self._task.done():  # the program goes on without the block of `connect`
-            log.warning("the server refused: %s", what)
-        elif self._task and not self._nc.forbidden:
-            self._nc.forbidden = what
-            self._task.cancel()
-
 
 @asynccontextmanager
 async def connect(name: str) -> AsyncIterator[Client]:
-    """Connect to NATS, yield the client, and close it.
+    """Connect to NATS, yield nats-py's client, and close it.
 
     Where to and as whom come from the environment: `NATS_URL` (one URL, or several with commas) and
     `NATS_CREDENTIALS_FILE_PATH` (a .creds file); with the file alone it is Synadia Cloud, with neither
     nats://localhost:4222. `SSL_CERT_FILE` names the authority of a server whose certificate isn't signed by a
     well-known one.
 
+    A connection that is lost later reconnects by itself, however long that takes. A request to a subject that the
+    server doesn't permit fails with `nats.errors.Error`; a refused subscription, or a publish that isn't a request, is
+    logged.
+
     Args:
         name: the connection's name, as the server's monitoring shows it. Its inboxes are `_INBOX.<name>.>`, with `_`
             for all but ASCII letters, digits and `-`, so that a user may be permitted to read just these.
 
     Raises:
-        Failure: the first connect failed, which takes ten seconds at the most, or there is no JetStream. A connection
-            that is lost later is waited for, however long that takes. When the server refuses a subject, the block is
-            cancelled and this raised: what isn't permitted would time out again and again.
+        Failure: the first connect failed, which takes ten seconds at the most, or there is no JetStream.
+
+    Example:
+        async with connect("shop") as nc:
+            print(nc.connected_url.netloc)
     """
-    servers, options = read_environment()
+    nc = ProgramClient()
+
+    def log_refusal(subject: str, why: str) -> None:
+        if not nc.fail_requests(subject, why) and subject not in nc.refused:
+            log.warning("the server refused: %s", why)
+        nc.refused[subject] = why
+
+    async with _opened(nc, name, log_refusal):
+        yield nc
+
+
+@asynccontextmanager
+async def connect_script(name: str) -> AsyncIterator[Client]:
+    """Do as `connect`, but let the first subject that the server refuses end the block.
+
+    What a script needs and may not do would time out again and again.
+
+    Raises:
+        Failure: as `connect`, or the server refused a subject.
+    """
     task = asyncio.current_task()
     assert task
     cancelling = task.cancelling()
-    nc = Client()
-    events = _Events(nc, servers)
+    nc = ScriptClient()
+
+    def end_block(subject: str, why: str) -> None:
+        if not nc.refused:
+            task.cancel()
+        nc.refused[subject] = why
+
     try:
-        try:
-            await _connect_first(nc, events, name, servers, options)
+        async with _opened(nc, name, end_block):
             yield nc
-        finally:
-            events.is_open = False
-            with suppress(Exception):
-                await asyncio.wait_for(nc.close(), CLOSE_TIMEOUT)
     except asyncio.CancelledError:
-        if not nc.forbidden or task.uncancel() > cancelling:
+        if not nc.refused or task.uncancel() > cancelling:
             raise
         # nats-py has made lower case of the server's own words.
-        raise Failure(f'the server refused: {nc.forbidden} (in lower case; see "Permissions" in the README)') from None
+        why = next(iter(nc.refused.values()))
+        raise Failure(f"the server refused: {why} (in lower case; see docs/permissions.md)") from None
+
+
+@asynccontextmanager
+async def _opened(nc: Client, name: str, on_refused: Callable[[str, str], None]) -> AsyncIterator[None]:
+    servers, options = read_environment()
+    events = _Events(servers, on_refused)
+    try:
+        await _connect_first(nc, events, name, servers, options)
+        yield
+    finally:
+        events.is_open = False
+        with suppress(Exception):
+            await asyncio.wait_for(nc.close(), CLOSE_TIMEOUT)
 
 
 async def _connect_first(nc: Client, events: _Events, name: str, servers: list[str], options: dict[str, Any]) -> None:

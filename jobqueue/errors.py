@@ -21,7 +21,14 @@ UNKNOWN_AUTHORITY = (18, 19, 20, 21)  # https://docs.openssl.org/3.0/man3/X509_S
 
 
 class Failure(Exception):  # noqa: N818  users read its text, not its name
-    """Ends a script with exit status 1. Its text is the one line that the user reads."""
+    """What ends a script with exit status 1. Its text is the one line that the user reads.
+
+    Example:
+        try:
+            asyncio.run(main())
+        except Failure as failure:
+            sys.exit(str(failure))  # one line on standard error, and exit status 1
+    """
 
 
 def printable(data: bytes | str, length: int = MAX_PRINTED) -> str:

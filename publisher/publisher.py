@@ -5,6 +5,10 @@ Usage:
     python publisher/publisher.py orders.new --interval 0 --input orders.txt
 """
 
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C until `shutdown_on_signal`: end at once, without a traceback
+
 import argparse
 import asyncio
 import logging
@@ -19,10 +23,10 @@ from nats.aio.client import Client
 from nats.js.errors import NotFoundError
 
 from jobqueue.arguments import make_parser, number, subject, whole_number
-from jobqueue.connection import connect
+from jobqueue.connection import connect_script
 from jobqueue.errors import TRANSIENT_ERRORS, Failure
 from jobqueue.lines import opened, read_lines
-from jobqueue.publish import Message, Outcome, publish, publish_many
+from jobqueue.publishing import Message, Outcome, publish, publish_many
 from jobqueue.script import shutdown_on_signal, start
 
 log = logging.getLogger("publisher")
@@ -74,7 +78,7 @@ async def run() -> int:
     """Publish the orders and return the exit status: 1 if any of them is not stored."""
     outcomes: Counter[Outcome] = Counter()
     with opened(options.input) if options.input is not None else nullcontext(-1) as file:
-        async with connect(f"publisher_{options.subject}") as nc:
+        async with connect_script(f"publisher_{options.subject}") as nc:
             await check_streams(nc)
             shutdown = asyncio.Event()
             with shutdown_on_signal(shutdown, lambda: "the orders in flight"):

@@ -4,23 +4,26 @@ from importlib.metadata import version
 
 from nats.aio.client import Client as NatsClient
 
-from jobqueue.client import Client
+from jobqueue.client import Client, ProgramClient, ScriptClient
 from tests.harness import ROOT
 
 TESTS = {
-    "_connect_command": "test_a_tls_url_and_a_server_without_tls",
-    "request": "test_a_subject_that_the_user_may_not_publish_to",
-    "_build_message": "test_orders_that_nats_py_cannot_read_hold_up_no_others",
-    "_process_headers": "test_orders_that_nats_py_cannot_read_hold_up_no_others",
-    "_process_err": "test_a_consumer_whose_credentials_end_uses_the_renewed_file",
-    "_attempt_reconnect": "test_unsent_bytes_on_a_dead_connection_do_not_hold_up_the_reconnect",
+    (Client, "_connect_command"): "test_a_tls_url_and_a_server_without_tls",
+    (Client, "_build_message"): "test_orders_that_nats_py_cannot_read_hold_up_no_others",
+    (Client, "_process_headers"): "test_orders_that_nats_py_cannot_read_hold_up_no_others",
+    (Client, "_process_connect_init"): "test_what_the_server_says_before_it_hangs_up_is_shown",
+    (Client, "_process_err"): "test_a_consumer_whose_credentials_end_uses_the_renewed_file",
+    (Client, "_attempt_reconnect"): "test_unsent_bytes_on_a_dead_connection_do_not_hold_up_the_reconnect",
+    (ScriptClient, "request"): "test_a_subject_that_the_user_may_not_publish_to",
+    (ProgramClient, "request"): "test_a_subject_that_is_refused_fails_its_requests_and_nothing_else",
+    (ProgramClient, "_attempt_reconnect"): "test_a_refusal_that_no_request_waits_for_is_logged_once_a_connection",
 }
 
 
 def test_each_override_has_a_test_and_is_there_in_the_version_that_is_pinned() -> None:
-    overridden = {name for name, value in vars(Client).items() if callable(value)}
-    assert overridden == set(TESTS)
-    assert all(hasattr(NatsClient, name) for name in overridden)
+    classes = (Client, ScriptClient, ProgramClient)
+    overrides = {(one, name) for one in classes for name in vars(one) if callable(getattr(NatsClient, name, None))}
+    assert {(one, name) for one, name in overrides if name.strip("_") not in ("init", "doc", "module")} == set(TESTS)
     tests = "\n".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
     assert all(f"def {test}(" in tests for test in TESTS.values())
     assert version("nats-py").startswith("2.16.")

@@ -13,7 +13,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from jobqueue.connection import connect
-from jobqueue.publish import Message, Outcome, publish, publish_many
+from jobqueue.publishing import Message, Outcome, publish, publish_many
 from tests.harness import PATIENCE, PUBLISHER, Script, Server, messages, request, serving
 from tests.proxy import proxied
 
@@ -220,7 +220,7 @@ async def test_a_duplicate_is_told_apart(
         assert again is Outcome.DUPLICATE and not again
         outcomes = await publish_many(client, "orders.new", made(0, 1, 2))
     assert outcomes == {Outcome.STORED: 2, Outcome.DUPLICATE: 1}
-    lines = [record.getMessage() for record in caplog.records if record.name == "jobqueue.publish"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "jobqueue.publishing"]
     assert lines == [
         "published order no. 0",
         "order no. 0 was already stored",

@@ -9,29 +9,35 @@ from contextlib import suppress
 from enum import Enum
 from typing import NamedTuple
 
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import ConnectionReconnectingError, Error, MaxPayloadError
 
-from jobqueue.errors import STREAM_FULL, describe_error
-from jobqueue.retrying import retry
+from jobqueue.client import Client
+from jobqueue.errors import STREAM_FULL, describe_error, printable
+from jobqueue.retrying import MAX_RETRY_DELAY, retry
 
 log = logging.getLogger(__name__)
 
 ACK_TIMEOUT = 5.0  # seconds for one attempt
 LATE_CHECK_INTERVAL = 0.5  # seconds
-RETRY_FOR = 30.0  # seconds, and one more attempt; well within the stream's duplicate window
+PUBLISH_TIMEOUT = 30.0  # seconds for all attempts; well within the stream's duplicate window
 HEADER_SIZE = len("NATS/1.0\r\nNats-Msg-Id: \r\n\r\n")
 WINDOW = 1000  # messages in flight
 UNIT = 4096  # bytes; a message takes one place of the window for each, so that large ones don't take more memory
 
 
 class Outcome(Enum):
-    """What has become of a message. Only STORED is true."""
+    """What has become of a message. Only STORED is true.
+
+    Example:
+        outcome = await publish(nc, "orders.new", Message(b"order-1", id="order-1"))
+        if outcome == Outcome.DUPLICATE:
+            print("that order was published before")
+    """
 
     STORED = "stored"
     DUPLICATE = "duplicate"  # an earlier call has stored a message with this id, and this one isn't stored
-    FAILED = "failed"
+    FAILED = "failed"  # the server has not confirmed it; publish it again with the same id
 
     def __bool__(self) -> bool:
         """Return whether the message itself is stored."""
@@ -39,37 +45,55 @@ class Outcome(Enum):
 
 
 class Message(NamedTuple):
-    """What to publish: the payload, its id, and its name in the log.
+    """What to publish.
 
-    The id is the same for every attempt, so that the server stores the message once
-    (https://docs.nats.io/using-nats/developer/develop_jetstream/model_deep_dive#message-deduplication).
+    Attributes:
+        payload: the bytes.
+        id: the same for every attempt, so that the server stores the message once within the stream's duplicate window
+            (https://docs.nats.io/using-nats/developer/develop_jetstream/model_deep_dive#message-deduplication).
+        label: what the log calls it; the id, by default.
+
+    Example:
+        Message(json.dumps({"to": "ann"}).encode(), id="welcome-ann")
     """
 
     payload: bytes
     id: str
-    label: str
+    label: str = ""
+
+    def __str__(self) -> str:
+        return printable(self.label or self.id)
 
     def fits(self, nc: Client) -> bool:
         """Return whether the server takes it; nats-py doesn't count the header, and the server then hangs up."""
         return HEADER_SIZE + len(self.id.encode()) + len(self.payload) <= nc.max_payload
 
 
-async def publish(nc: Client, subject: str, message: Message) -> Outcome:
-    """Publish one message, again and again for half a minute, and log and return what has become of it.
+async def publish(nc: Client, subject: str, message: Message, *, timeout: float = PUBLISH_TIMEOUT) -> Outcome:  # noqa: ASYNC109
+    """Publish one message, and return what has become of it.
 
-    A duplicate of an earlier attempt of the same call, whose answer was lost, counts as stored.
+    It is published again after a time-out, a lost connection and other transient errors. The log says why a message
+    is not published. A duplicate of an earlier attempt of the same call, whose answer was lost, counts as stored.
 
     Args:
-        nc: the connection.
+        nc: the connection, from `connect`.
         subject: where to.
         message: what.
+        timeout: seconds for all attempts together.
+
+    Returns:
+        The outcome; no error of the server or the connection is raised.
+
+    Example:
+        if not await publish(nc, "orders.new", Message(b"order-1", id="order-1"), timeout=2):
+            print("not stored, or stored before")
     """
-    return await _publish(nc, subject, message, is_sent=False)
+    return await _publish(nc, subject, message, timeout, is_sent=False)
 
 
-async def _publish(nc: Client, subject: str, message: Message, *, is_sent: bool) -> Outcome:
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + RETRY_FOR
+async def _publish(nc: Client, subject: str, message: Message, time: float, *, is_sent: bool) -> Outcome:
+    now = asyncio.get_running_loop().time
+    deadline = now() + time
 
     async def attempt() -> Outcome:
         nonlocal is_sent
@@ -79,8 +103,9 @@ async def _publish(nc: Client, subject: str, message: Message, *, is_sent: bool)
             raise ConnectionReconnectingError
         is_retry, is_sent = is_sent, True
         headers = {"Nats-Msg-Id": message.id}
+        attempt_time = min(ACK_TIMEOUT, deadline - now())
         try:
-            ack = await nc.jetstream().publish(subject, message.payload, timeout=ACK_TIMEOUT, headers=headers)
+            ack = await nc.jetstream().publish(subject, message.payload, timeout=attempt_time, headers=headers)
         except (ValueError, TypeError):  # somebody else has answered
             raise TimeoutError("no stream has answered") from None
         return Outcome.DUPLICATE if ack.duplicate and not is_retry else Outcome.STORED
@@ -88,11 +113,11 @@ async def _publish(nc: Client, subject: str, message: Message, *, is_sent: bool)
     try:
         outcome = await retry(
             attempt,
-            f"{message.label} is not published yet",
-            lambda error: loop.time() > deadline or getattr(error, "err_code", None) == STREAM_FULL,
+            f"{message} is not published yet",
+            lambda error: now() + MAX_RETRY_DELAY > deadline or getattr(error, "err_code", None) == STREAM_FULL,
         )
     except (Error, TimeoutError) as error:
-        log.error("%s is not published: %s", message.label, describe_error(error))
+        log.error("%s is not published: %s", message, describe_error(error))
         return Outcome.FAILED
     _log_stored(message, outcome)
     return outcome
@@ -105,12 +130,23 @@ async def publish_many(nc: Client, subject: str, messages: AsyncIterator[Message
     is not asked for.
 
     Args:
-        nc: the connection.
+        nc: the connection, from `connect`.
         subject: where to.
         messages: what.
 
+    Returns:
+        How many messages had each outcome.
+
     Raises:
         Exception: `messages` has raised it; what came before is stored or failed.
+
+    Example:
+        async def messages():
+            for number in range(1000):
+                yield Message(b"order", id=f"run-7-{number}")
+
+        outcomes = await publish_many(nc, "orders.new", messages())
+        print(outcomes[Outcome.STORED], "stored")
     """
     failure = None
     async with asyncio.TaskGroup() as tasks:
@@ -154,7 +190,8 @@ class _Pipeline:
         """Send a message, and wait until there is room for another one."""
         self._room -= _units(message)
         self._count += 1
-        if self._nc.is_connected and message.fits(self._nc):  # nats-py would keep it, and send it later
+        # Without a connection nats-py would send it much later.
+        if self._nc.is_connected and message.fits(self._nc) and not self._is_refused():
             self._sent[self._count] = message, self._now() + ACK_TIMEOUT
             reply = f"{self.inbox}.{self._count}"
             with suppress(Error):  # late, then
@@ -185,13 +222,17 @@ class _Pipeline:
         while True:
             await asyncio.sleep(LATE_CHECK_INTERVAL)
             for number, (message, late_at) in list(self._sent.items()):
-                if late_at > self._now():
+                if late_at > self._now() and not self._is_refused():
                     break
                 del self._sent[number]
                 self._tasks.create_task(self._publish(message, is_sent=True))
 
+    def _is_refused(self) -> bool:
+        return self._subject.lower() in self._nc.refused
+
     async def _publish(self, message: Message, *, is_sent: bool) -> None:
-        self._finish(message, await _publish(self._nc, self._subject, message, is_sent=is_sent))
+        outcome = await _publish(self._nc, self._subject, message, PUBLISH_TIMEOUT, is_sent=is_sent)
+        self._finish(message, outcome)
 
     def _finish(self, message: Message, outcome: Outcome) -> None:
         self.outcomes[outcome] += 1
@@ -200,7 +241,7 @@ class _Pipeline:
 
 
 def _log_stored(message: Message, outcome: Outcome) -> None:
-    log.info("%s was already stored" if outcome == Outcome.DUPLICATE else "published %s", message.label)
+    log.info("%s was already stored" if outcome == Outcome.DUPLICATE else "published %s", message)
 
 
 def _units(message: Message) -> int:

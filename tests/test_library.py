@@ -1,0 +1,140 @@
+"""What programs import from jobqueue: each name's own example, and what happens without permissions or a server."""
+
+import asyncio
+import inspect
+import re
+import textwrap
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from nats.aio.client import Client as NatsClient
+from nats.errors import Error
+
+import jobqueue
+from jobqueue import Message, Outcome, connect, publish, publish_many
+from jobqueue.client import Client
+from tests.harness import Server, messages, serving, until
+
+PERMISSIONS = """authorization { users: [
+    { user: admin, password: a },
+    { user: shop, password: s, permissions: {
+        publish: { allow: ["orders.new", "$JS.API.INFO"] }, subscribe: { allow: ["_INBOX.shop.>"] } } }
+] }"""
+
+
+def example(documented: object) -> str:
+    """Return the example in a docstring."""
+    return textwrap.dedent((inspect.getdoc(documented) or "").partition("Example:\n")[2])
+
+
+@pytest.fixture
+async def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Client]:
+    """A connection of a program that may publish to orders.new only."""
+    async with serving(tmp_path, PERMISSIONS) as server:
+        await server.create_streams(NATS_URL=f"nats://admin:a@127.0.0.1:{server.port}")
+        monkeypatch.setenv("NATS_URL", f"nats://shop:s@127.0.0.1:{server.port}")
+        async with connect("shop") as nc:
+            yield nc
+
+
+async def test_the_module_s_example_publishes(server: Server, nc: NatsClient, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(example(jobqueue))
+    script = await server.run(program)
+    assert (script.process.returncode, script.lines) == (0, [])
+    assert await messages(nc, "orders_stream") == 1
+
+
+async def test_the_example_of_each_name_runs(server: Server, nc: NatsClient, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    in_a_connection = [
+        example(getattr(jobqueue, name)) for name in jobqueue.__all__ if name not in ("connect", "Failure")
+    ]
+    assert all(in_a_connection)
+    program.write_text(
+        "import asyncio\nimport json\nimport sys\nfrom jobqueue import *\n\nasync def main() -> None:\n"
+        + textwrap.indent(example(connect), "    ")
+        + "\n"
+        + textwrap.indent("\n".join(in_a_connection), "        ")
+        + "\n"
+        + example(jobqueue.Failure)
+    )
+    script = await server.run(program)
+    assert script.process.returncode == 0, script.lines
+    assert script.lines[0] == server.url.removeprefix("nats://")
+    assert sorted(script.lines[1:]) == ["1000 stored", "not stored, or stored before"]
+    assert await messages(nc, "orders_stream") == 1001
+    unreachable = await server.run(program, NATS_URL="nats://127.0.0.1:1")
+    assert unreachable.process.returncode == 1
+    assert unreachable.lines == ["cannot connect to nats://127.0.0.1:1: Connection refused"]
+
+
+async def test_a_subject_that_is_refused_fails_its_requests_and_nothing_else(
+    shop: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def messages_() -> AsyncIterator[Message]:
+        for number in range(3000):  # more than are in flight at a time
+            yield Message(b"order", f"order-{number}")
+
+    async with asyncio.timeout(20):  # seconds; without the refusal each takes 30
+        with pytest.raises(Error, match='permissions violation for publish to "secrets"'):
+            await shop.request("secrets", timeout=60)
+        outcomes = await asyncio.gather(
+            *(publish(shop, subject, Message(b"order", f"{subject}-0")) for subject in ("secrets", "orders.new"))
+        )
+        assert outcomes == [Outcome.FAILED, Outcome.STORED]
+        assert await publish_many(shop, "secrets", messages_()) == {Outcome.FAILED: 3000}
+    assert await publish(shop, "orders.new", Message(b"order", "again")) is Outcome.STORED
+    assert 'secrets-0 is not published: permissions violation for publish to "secrets"' in caplog.text
+
+
+async def test_a_refusal_that_no_request_waits_for_is_logged_once_a_connection(
+    shop: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def is_connected() -> bool:
+        return "connected again" in caplog.messages and shop.is_connected
+
+    async def publish_in_vain() -> None:
+        for _ in range(3):
+            await shop.publish("secrets")
+            await shop.flush()
+
+    caplog.set_level("INFO")
+    await publish_in_vain()
+    refused = ['the server refused: permissions violation for publish to "secrets"']
+    assert caplog.messages == refused
+    await shop.force_reconnect()
+    await until(is_connected)
+    await publish_in_vain()
+    assert caplog.messages[-1:] == refused
+    assert caplog.messages.count(*refused) == 2
+
+
+async def test_publish_takes_no_longer_than_its_timeout(
+    server: Server, nc: NatsClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NATS_URL", server.url)
+    async with connect("shop") as client:
+        await nc.request("$JS.API.STREAM.DELETE.orders_stream")
+        async with asyncio.timeout(20):  # seconds; by default it takes 30
+            assert await publish(client, "orders.new", Message(b"order", "1"), timeout=1) is Outcome.FAILED
+            await server.stop()
+            assert await publish(client, "orders.new", Message(b"order", "1"), timeout=1) is Outcome.FAILED
+
+
+async def test_what_the_server_says_before_it_hangs_up_is_shown(tmp_path: Path) -> None:
+    async with serving(tmp_path, "max_connections: 1") as server, server.client():
+        script = await server.run("consumer/consumer.py", "orders_stream", "orders.*")
+    assert script.process.returncode == 1
+    assert script.messages == [f"cannot connect to {server.url}: maximum connections exceeded"]
+
+
+async def test_ids_from_outside_stay_one_harmless_line(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("NATS_URL", server.url)
+    caplog.set_level("INFO")
+    async with connect("shop") as nc:
+        assert await publish(nc, "orders.new", Message(b"order", "1\n2026/11/26 00:00:00 \x1b[31mforged"))
+    assert re.fullmatch(r"published 1\\n2026/11/26 00:00:00 \\x1b\[31mforged", caplog.messages[-1])
