@@ -1,35 +1,38 @@
-"""Running a script: its log, its signals, and its exit status."""
+"""Running a script: its signals and its exit status."""
 
 import asyncio
 import logging
 import os
 import signal
-import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 from jobqueue.errors import Failure, describe_error
+from jobqueue.logs import set_up_logging
 
 try:
     from uvloop import new_event_loop
 except ImportError:
     from asyncio import new_event_loop
 
+log = logging.getLogger(__name__)
 
-def start(run: Coroutine[None, None, int], log: logging.Logger) -> int:
+SHUTDOWN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PROGRESS_INTERVAL = 10.0  # seconds between two lines about what holds up the exit
+
+
+def start(run: Coroutine[None, None, int], script_log: logging.Logger) -> int:
     """Run a script's coroutine and return the exit status: its own, or 1 after one line that says why.
 
     It runs on uvloop where that is installed (the extra `fast`).
 
     Args:
         run: the script's coroutine, which returns the exit status.
-        log: the script's logger. Its lines and those of jobqueue go to standard error in the article's format.
+        script_log: the script's logger. Its lines and those of jobqueue go to standard error in the article's format.
     """
     _open_standard_files()
-    _set_up_logging(log)
-    # Before shutdown_on_signal() nothing is in flight: exit at once, without KeyboardInterrupt's traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    set_up_logging(script_log)
 
     async def run_until_failure() -> int:
         try:
@@ -37,6 +40,8 @@ def start(run: Coroutine[None, None, int], log: logging.Logger) -> int:
         except Failure as failure:  # logged here, since a thread that still runs delays the end of the event loop
             log.error("%s", failure)
             return 1
+        finally:
+            await _join_threads()
 
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
@@ -48,86 +53,53 @@ def start(run: Coroutine[None, None, int], log: logging.Logger) -> int:
 
 @contextmanager
 def shutdown_on_signal(shutdown: asyncio.Event, describe_work: Callable[[], str]) -> Iterator[None]:
-    """Set an event at the first SIGINT or SIGTERM of the block. A second one ends the process at once.
+    """Set an event at the first SIGINT, SIGTERM or SIGHUP of the block. A second one ends the process at once.
 
     Args:
         shutdown: the event.
         describe_work: returns what is still to be finished, for the log line of the first signal.
     """
     loop = asyncio.get_running_loop()
-    signals = (signal.SIGINT, signal.SIGTERM)
+    # A process that was started by nohup goes on when its terminal is closed.
+    signals = [signum for signum in SHUTDOWN_SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
 
-    def begin_shutdown() -> None:
-        restore_defaults()
-        logging.getLogger(__name__).info("shutting down: finishing %s (signal again to exit now)", describe_work())
+    is_requested = False
+    timer: asyncio.TimerHandle | None = None
+
+    def shut_down() -> None:
+        nonlocal timer
+        still = "still " if shutdown.is_set() else ""
         shutdown.set()
+        log.info("%sshutting down: finishing %s (signal again to exit now)", still, describe_work())
+        timer = loop.call_later(PROGRESS_INTERVAL, shut_down)
+
+    # The event loop's own handlers would have to wait where it is blocked, as by a log whose reader has stalled.
+    def on_signal(_signum: int, _frame: Any) -> None:
+        nonlocal is_requested
+        restore_defaults()
+        if not is_requested:  # two signals at the same time are one
+            is_requested = True
+            loop.call_soon_threadsafe(shut_down)
 
     def restore_defaults() -> None:
         for signum in signals:
-            loop.remove_signal_handler(signum)
             signal.signal(signum, signal.SIG_DFL)
 
     for signum in signals:
-        loop.add_signal_handler(signum, begin_shutdown)
+        signal.signal(signum, on_signal)
     try:
         yield
     finally:
         restore_defaults()
+        if timer:
+            timer.cancel()
 
 
-class _Formatter(logging.Formatter):
-    """Formats lines like `2026/11/23 20:24:25 received order-1`, and each second only once."""
-
-    _second = 0
-    _formatted = ""
-
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
-        if self._second != (second := int(record.created)):
-            self._second, self._formatted = second, time.strftime("%Y/%m/%d %H:%M:%S", time.localtime(second))
-        return self._formatted
-
-    def format(self, record: logging.LogRecord) -> str:
-        if record.exc_info or record.stack_info:
-            return super().format(record)
-        return f"{self.formatTime(record)} {record.getMessage()}"
-
-
-class _Record(logging.LogRecord):
-    """A log record without the line of code, thread and process: looking these up is half of its cost."""
-
-    _UNKNOWN: ClassVar = {**vars(logging.LogRecord("", 0, "", 0, "", None, None)), "process": None, "thread": None}
-
-    def __init__(
-        self,
-        name: str,
-        level: int,
-        fn: str,
-        lno: int,
-        msg: object,
-        args: Any,
-        exc_info: Any,
-        func: str | None = None,
-        extra: dict[str, Any] | None = None,
-        sinfo: str | None = None,
-    ) -> None:
-        self.__dict__ = self._UNKNOWN | (extra or {})
-        self.name, self.levelno, self.levelname = name, level, logging.getLevelName(level)
-        self.msg, self.args, self.exc_info, self.stack_info = msg, args, exc_info, sinfo
-        self.created = time.time()
-
-
-def _set_up_logging(log: logging.Logger) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Formatter("%(asctime)s %(message)s"))
-    logging.getLogger().addHandler(handler)
-    names = [name for name in log.manager.loggerDict if name.partition(".")[0] == "jobqueue"]
-    for own in (log, *map(logging.getLogger, names)):
-        own.setLevel(logging.INFO)
-        own.findCaller = lambda *_: ("", 0, "", None)  # type: ignore[method-assign]
-        own.makeRecord = _Record  # type: ignore[method-assign, assignment]
-    # nats-py and asyncio log tracebacks; what matters of them comes through callbacks.
-    logging.getLogger("nats").setLevel(logging.CRITICAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+async def _join_threads() -> None:
+    """Wait for the threads of a user's work that was cancelled, and go on saying so."""
+    joining = asyncio.create_task(asyncio.get_running_loop().shutdown_default_executor())
+    while not (await asyncio.wait((joining,), timeout=PROGRESS_INTERVAL))[0]:
+        log.warning("waiting for a thread of the work (signal to exit now)")
 
 
 def _open_standard_files() -> None:
