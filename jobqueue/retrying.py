@@ -15,6 +15,8 @@ START_TIMEOUT = 30.0  # seconds to wait out transient errors before a script can
 MIN_RETRY_DELAY = 0.1  # seconds; doubled after each attempt
 MAX_RETRY_DELAY = 0.5  # seconds
 
+DURABLE_REFUSED = 10012  # JetStream's error code; as a 500 it looks transient
+
 T = TypeVar("T")
 
 
@@ -40,9 +42,11 @@ async def retry(call: Callable[[], Awaitable[T]], what: str, give_up: Callable[[
 
 
 async def retry_at_start(call: Callable[[], Awaitable[T]], what: str, give_up: Callable[[], bool] = lambda: False) -> T:
-    """Return what `call()` returns, as `retry` does, but give up after START_TIMEOUT, or where something is missing."""
+    """Return what `call()` returns, as `retry` does, but for START_TIMEOUT at most, and not after a "not found"."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + START_TIMEOUT
-    return await retry(
-        call, what, lambda error: isinstance(error, NotFoundError) or loop.time() > deadline or give_up()
-    )
+
+    def is_permanent(error: Exception) -> bool:
+        return isinstance(error, NotFoundError) or getattr(error, "err_code", None) == DURABLE_REFUSED
+
+    return await retry(call, what, lambda error: is_permanent(error) or loop.time() > deadline or give_up())

@@ -112,7 +112,7 @@ class Worker:
         except (Error, TimeoutError) as error:
             raise Failure(f"cannot create {durable}: {describe_error(error)}") from None
         config = info["config"]
-        for field in ("deliver_subject", "priority_groups"):
+        for field in ("deliver_subject", "priority_groups", "headers_only"):
             if config.get(field):
                 raise Failure(f"{durable} has {field}, and can't be used: delete it by `nats consumer rm -f`")
         return shortest_ack_wait(config)

@@ -1,5 +1,6 @@
 """What becomes of a durable: it is created, its own fields are set, and an operator's edits stay."""
 
+import asyncio
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -90,7 +91,15 @@ async def test_many_idle_consumers_do_not_use_up_the_pull_requests_of_a_durable(
             assert not consumer.found(".*; trying again")
 
 
-@pytest.mark.parametrize("fields", [{"deliver_subject": "elsewhere"}, {"priority_groups": ["a"]}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"deliver_subject": "elsewhere"},
+        {"priority_groups": ["a"]},
+        {"headers_only": True},
+        {"replay_policy": "original"},  # which can't be updated
+    ],
+)
 async def test_a_durable_that_takes_no_pull_requests_of_ours_is_refused(
     server: Server, nc: Client, fields: dict[str, Any]
 ) -> None:
@@ -101,7 +110,8 @@ async def test_a_durable_that_takes_no_pull_requests_of_ours_is_refused(
     )
     if "error" in answer or not answer["config"].get(next(iter(fields))):
         pytest.skip("this nats-server doesn't know that")
-    consumer = await server.run(*CONSUMER)
+    async with asyncio.timeout(20):  # seconds; transient errors are retried for 30
+        consumer = await server.run(*CONSUMER)
     assert consumer.process.returncode == 1
     assert len(consumer.lines) == 1
     assert consumer.found("cannot create the durable processor .*|the durable processor on orders_stream has .*")
