@@ -70,7 +70,7 @@ def read_environment() -> tuple[list[str], dict[str, Any]]:
         except ValueError:
             host = None
         # A password's own "/", "?", "#" or "," ends the host too early, and would be shown with it.
-        rest = "".join(parts[2:]) if host else ""
+        rest = "".join(parts[2:]).removesuffix("/") if host else ""
         cut = servers and "@" in url and "://" not in url
         if not host or rest or cut or parts.scheme not in ("nats", "tls") or printable(server) != server:
             raise Failure("NATS_URL must be URLs such as nats://localhost:4222, with commas between them")

@@ -7,8 +7,8 @@
 # exit status: 0 it has been measured
 set -euo pipefail
 # shellcheck source=scripts/help.sh
-. "$(dirname "$0")/help.sh"
-cd "$(dirname "$0")/.."
+. "$(dirname "$(readlink -f "$0")")/help.sh"
+cd "$(dirname "$(readlink -f "$0")")/.."
 scripts/setup.sh
 # An environment of its own: what the others need would change what the tests run.
 [ -x .venv-bench/bin/python ] || .venv/bin/python -m venv .venv-bench

@@ -11,7 +11,7 @@
 # exit status: 0 the stream is there with these flags, 1 it is not, and a line says why, 2 wrong usage
 set -euo pipefail
 # shellcheck source=scripts/natscli.sh
-. "$(dirname "$0")/natscli.sh"
+. "$(dirname "$(readlink -f "$0")")/natscli.sh"
 [ $# -eq 0 ] || [ $# -eq 2 ] || fail "usage: $0 [STREAM SUBJECTS]" 2
 case ${2-orders.*} in
     "" | *[[:space:][:cntrl:],]*) fail "SUBJECTS must be a subject such as orders.*" 2 ;;

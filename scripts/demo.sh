@@ -7,7 +7,7 @@
 # exit status: 0 every order is accounted for, 1 one is not, or a line says what is wrong, 130 interrupted
 set -euo pipefail
 # shellcheck source=scripts/help.sh
-. "$(dirname "$0")/help.sh"
-cd "$(dirname "$0")/.."
+. "$(dirname "$(readlink -f "$0")")/help.sh"
+cd "$(dirname "$(readlink -f "$0")")/.."
 scripts/setup.sh
 exec .venv/bin/python scripts/demo.py

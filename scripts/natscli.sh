@@ -12,6 +12,25 @@ fail() {
     exit "${2:-1}"
 }
 
+# share_user URLS: prints them, each that has no user with the user of the last one that has, as the Python scripts do.
+share_user() {
+    local url user="" shared=""
+    local IFS=,
+    for url in $1; do
+        [ "${url%@*}" = "$url" ] || user=${url%@*}@
+    done
+    user=${user##*://}
+    for url in $1; do
+        case $url in
+            *@*) ;;
+            *://*) url=${url%%://*}://$user${url#*://} ;;
+            *) url=$user$url ;;
+        esac
+        shared=$shared,$url
+    done
+    echo "${shared#,}"
+}
+
 command -v nats >/dev/null ||
     fail "natscli (the command nats) is missing: run scripts/setup.sh, or see https://github.com/nats-io/natscli"
 
@@ -22,6 +41,7 @@ if [ -n "$credentials" ]; then
 else
     url=${NATS_URL:-nats://localhost:4222}
 fi
+url=$(share_user "$url")
 # shellcheck disable=SC2046 # no variable has a space in its name
 unset -v $(compgen -v NATS_)
 export NATS_URL=$url

@@ -8,8 +8,8 @@
 # exit status: 0 all is there, 1 something is missing, and a line says what
 set -euo pipefail
 # shellcheck source=scripts/help.sh
-. "$(dirname "$0")/help.sh"
-cd "$(dirname "$0")/.."
+. "$(dirname "$(readlink -f "$0")")/help.sh"
+cd "$(dirname "$(readlink -f "$0")")/.."
 
 NATSCLI=github.com/nats-io/natscli/nats@v0.4.0
 

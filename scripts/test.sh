@@ -7,8 +7,8 @@
 # exit status: 0 all passed
 set -euo pipefail
 # shellcheck source=scripts/help.sh
-. "$(dirname "$0")/help.sh"
-cd "$(dirname "$0")/.."
+. "$(dirname "$(readlink -f "$0")")/help.sh"
+cd "$(dirname "$(readlink -f "$0")")/.."
 scripts/setup.sh
 PATH="$PWD/.venv/bin:$PATH"
 if [ $# -gt 0 ]; then

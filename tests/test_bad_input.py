@@ -164,6 +164,7 @@ async def test_orders_that_the_stream_refuses(
     ("url", "line"),
     [
         ("nats://127.0.0.1:1", "cannot connect to nats://127.0.0.1:1: Connection refused"),
+        ("nats://127.0.0.1:1/", "cannot connect to nats://127.0.0.1:1: Connection refused"),
         (
             "nats://me:secret@127.0.0.1:1,127.0.0.1:2",
             "cannot connect to nats://127.0.0.1:1, nats://127.0.0.1:2: Connection refused",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from nats.aio.client import Client
 
-from tests.harness import CONSUMER, DLQ, PUBLISHER, ROOT, Server, durable_info, request
+from tests.harness import CONSUMER, DLQ, PUBLISHER, ROOT, Server, durable_info, request, serving
 
 ARTICLE = {
     "subjects": ["orders.*"],
@@ -124,6 +124,21 @@ async def test_a_stream_with_another_configuration_is_left_as_it_is(bare_server:
     assert (await request(nc, "STREAM.INFO.orders_stream"))["config"] == before
 
 
+async def test_a_stream_script_may_be_run_by_a_symbolic_link(bare_server: Server, tmp_path: Path) -> None:
+    (tmp_path / "create").symlink_to(ROOT / SCRIPTS[0])
+    created = await bare_server.run(tmp_path / "create")
+    assert created.process.returncode == 0, created.lines
+
+
+async def test_a_user_in_one_of_several_urls_is_the_user_of_all(tmp_path: Path) -> None:
+    async with serving(tmp_path, 'authorization { user: me, password: "p@ss" }') as server:
+        urls = f"nats://me:p%40ss@127.0.0.1:1,127.0.0.1:1,nats://127.0.0.1:{server.port}/"
+        created = await server.run(SCRIPTS[0], NATS_URL=urls)
+        assert created.process.returncode == 0, created.lines
+        publisher = await server.run(*PUBLISHER, "--count", "1", NATS_URL=urls)
+        assert publisher.process.returncode == 0, publisher.lines
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 async def test_replicas_are_what_the_variable_says(bare_server: Server, script: str) -> None:
     three = await bare_server.run(script, REPLICAS="3")
@@ -166,7 +181,7 @@ async def test_a_stream_script_without_natscli_says_how_to_get_it(
         shutil.copy(ROOT / "scripts" / file, tmp_path / "scripts")
     tools = tmp_path / "bin"
     tools.mkdir()
-    for tool in ("bash", "dirname"):
+    for tool in ("bash", "dirname", "readlink"):
         (tools / tool).symlink_to(str(shutil.which(tool)))
     missing = await bare_server.run(tmp_path / script, PATH=str(tools))
     assert missing.process.returncode == 1
