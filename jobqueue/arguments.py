@@ -13,9 +13,10 @@ environment:
   NATS_URL                    one URL, or several with commas between them (default: nats://localhost:4222)
   NATS_CREDENTIALS_FILE_PATH  a .creds file; with it alone the server is tls://connect.ngs.global
   SSL_CERT_FILE               the authority of the server's certificate, if it isn't one of the well-known ones
+  LIVENESS_FILE               a file to touch every five seconds, for a liveness probe
 
 exit status:
-  0  publisher: every order is stored; consumers: a graceful shutdown (SIGINT, SIGTERM) has finished;
+  0  publisher: every order is stored; consumers: the graceful shutdown has finished (SIGINT, SIGTERM, SIGHUP);
      manage: the command is carried out for all
   1  any other error; a line says which
   2  wrong usage

@@ -6,9 +6,10 @@ import os
 import signal
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from jobqueue.errors import Failure, describe_error
+from jobqueue.errors import Failure, describe_error, printable
 from jobqueue.logs import set_up_logging
 
 try:
@@ -19,6 +20,7 @@ except ImportError:
 log = logging.getLogger(__name__)
 
 SHUTDOWN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+TOUCH_INTERVAL = 5.0  # seconds
 PROGRESS_INTERVAL = 10.0  # seconds between two lines about what holds up the exit
 
 
@@ -35,6 +37,7 @@ def start(run: Coroutine[None, None, int], script_log: logging.Logger) -> int:
     set_up_logging(script_log)
 
     async def run_until_failure() -> int:
+        touching = asyncio.create_task(_touch_liveness_file())
         try:
             return await run
         except Failure as failure:  # logged here, since a thread that still runs delays the end of the event loop
@@ -42,6 +45,7 @@ def start(run: Coroutine[None, None, int], script_log: logging.Logger) -> int:
             return 1
         finally:
             await _join_threads()
+            touching.cancel()
 
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
@@ -93,6 +97,16 @@ def shutdown_on_signal(shutdown: asyncio.Event, describe_work: Callable[[], str]
         restore_defaults()
         if timer:
             timer.cancel()
+
+
+async def _touch_liveness_file() -> None:
+    """Touch the file again and again, so that a probe sees when the event loop is blocked."""
+    while name := os.environ.get("LIVENESS_FILE"):
+        try:
+            Path(name).touch()  # noqa: ASYNC240  quick
+        except OSError as error:
+            log.error("cannot touch the liveness file %s: %s", printable(name), error.strerror)
+        await asyncio.sleep(TOUCH_INTERVAL)
 
 
 async def _join_threads() -> None:
