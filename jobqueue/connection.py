@@ -134,7 +134,7 @@ async def connect_script(name: str) -> AsyncIterator[Client]:
             raise
         # nats-py has made lower case of the server's own words.
         why = next(iter(nc.refused.values()))
-        raise Failure(f"the server refused: {why} (in lower case; see docs/permissions.md)") from None
+        raise Failure(f'the server refused: {why} (in lower case; see "Permissions" in docs/deployment.md)') from None
 
 
 @asynccontextmanager

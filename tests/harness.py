@@ -23,6 +23,7 @@ from nats.js.api import AckPolicy, ConsumerConfig
 from nats.js.errors import BadRequestError
 
 ROOT = Path(__file__).parent.parent
+DOCS = "\n".join(file.read_text() for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
 BIN = Path(sys.executable).parent
 NATS_SERVER = os.environ.get("NATS_SERVER", str(BIN / "nats-server"))  # another version may be named there
 PATIENCE = 60.0  # seconds until an event that a test waits for counts as one that doesn't come
@@ -34,6 +35,12 @@ ADVISORIES = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.orders_stream"
 CONSUMER = ("consumer/consumer.py", "orders_stream", "orders.*")
 DLQ = ("dlq/consumer.py", "orders_unprocessed", "orders_stream")
 PUBLISHER = ("publisher/publisher.py", "orders.new")
+
+
+def example(text: str) -> str:
+    """Return the example with some text in it, from the README or the docs."""
+    (found,) = (block for block in re.findall(r"^```\w+\n(.*?)^```", DOCS, re.M | re.S) if text in block)
+    return str(found)
 
 
 def environment(**env: str) -> dict[str, str]:

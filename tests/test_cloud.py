@@ -21,8 +21,8 @@ from tests.harness import (
     ADVISORIES,
     CONSUMER,
     DLQ,
+    DOCS,
     PUBLISHER,
-    ROOT,
     dead_letters,
     emptied,
     holds,
@@ -35,7 +35,6 @@ from tests.harness import (
     with_body,
 )
 
-README = (ROOT / "README.md").read_text()
 SCRIPTS = [PUBLISHER, CONSUMER, DLQ]
 STREAM_SCRIPTS = ["scripts/create_orders_stream.sh", "scripts/create_orders_unprocessed.sh"]
 WHO = "(are the credentials wrong, expired or revoked?)"
@@ -69,7 +68,7 @@ async def test_the_walk_through(cloud: Cloud, tmp_path: Path) -> None:
     """With the article's command for the context, and the same .creds file for everything."""
     app = cloud.user("app.creds")
     home = {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path), "SSL_CERT_FILE": app["SSL_CERT_FILE"]}
-    (command,) = re.findall(r"nats context save .*NGS.*", README)
+    (command,) = re.findall(r"nats context save .*NGS.*", DOCS)
     save = command.replace("tls://connect.ngs.global", cloud.url).replace(
         "ABSOLUTE_PATH_TO_CREDS_FILE", app["NATS_CREDENTIALS_FILE_PATH"]
     )
@@ -212,7 +211,7 @@ async def test_a_subject_that_the_user_may_not_publish_to(
                 1,
                 [
                     f'the server refused: permissions violation for publish to "{refused}"'
-                    ' (in lower case; see "Permissions" in the README)'
+                    ' (in lower case; see "Permissions" in docs/deployment.md)'
                 ],
             )
         assert await messages(nc, "orders_stream") == (command != PUBLISHER)
@@ -302,22 +301,22 @@ async def test_an_account_may_limit_max_ack_pending(cloud: Cloud) -> None:
 ROLES = {
     role: [re.findall(r"`([^`]+)`", cell) for cell in cells.split("|")]
     for role, cells in re.findall(
-        r"^\| ((?:publisher|consumer|DLQ processor|operator)) \| (`.*`) \|$", README, re.MULTILINE
+        r"^\| ((?:publisher|consumer|DLQ processor|operator)) \| (`.*`) \|$", DOCS, re.MULTILINE
     )
 }
 
 
 def _user(cloud: Cloud, role: str) -> dict[str, str]:
-    """Make a user with just the permissions that the README gives it."""
+    """Make a user with just the permissions that the docs give it."""
     may_publish, may_subscribe = ROLES[role]
     return cloud.user(role, publish={"allow": may_publish}, subscribe={"allow": may_subscribe})
 
 
-async def test_the_permissions_in_the_readme_are_enough(cloud: Cloud, tmp_path: Path) -> None:
+async def test_the_permissions_in_the_docs_are_enough(cloud: Cloud, tmp_path: Path) -> None:
     await _work_with_the_permissions_of_the_readme(cloud, tmp_path)
 
 
-async def test_the_permissions_in_the_readme_are_what_is_needed(
+async def test_the_permissions_in_the_docs_are_what_is_needed(
     cloud_with_acks_of_version_2: Cloud, tmp_path: Path
 ) -> None:
     """All of them, and no more: whatever they allow is made use of, and what a reconnect needs in the test below."""
@@ -436,7 +435,7 @@ async def test_a_worker_with_the_permissions_of_the_readme_verifies_after_a_reco
             assert await running.status() == 1
 
 
-async def test_the_permissions_in_the_readme_allow_nothing_else(cloud: Cloud) -> None:
+async def test_the_permissions_in_the_docs_allow_nothing_else(cloud: Cloud) -> None:
     """No other stream can be read, none be changed or deleted, and nobody else's answers be listened to."""
     await cloud.create_streams(**cloud.user("app.creds"))
     for role in ROLES:

@@ -1,7 +1,6 @@
-"""What the README says about making it one's own, from the README's own text."""
+"""What docs/your-own-work.md says, from its own text."""
 
 import asyncio
-import json
 import os
 import re
 import shlex
@@ -15,33 +14,23 @@ from pathlib import Path
 import pytest
 from nats.aio.client import Client
 
-from jobqueue.connection import CLOSE_TIMEOUT
-from jobqueue.pulling import PULL_EXPIRES
-from jobqueue.worker import SHUTDOWN_CONFIRM_TIME
 from tests.harness import (
     CONSUMER,
     DLQ,
+    DOCS,
     PUBLISHER,
     ROOT,
     Server,
     durable_info,
     edited,
     emptied,
-    messages,
+    example,
     publish,
     started,
     until,
-    with_body,
 )
 
-README = (ROOT / "README.md").read_text()
 NO_FAILURES = ("--failure-rate", "0", "--work-time", "0")
-
-
-def example(text: str) -> str:
-    """Return the README's example that has some text in it."""
-    (found,) = (block for block in re.findall(r"^```\w+\n(.*?)^```", README, re.M | re.S) if text in block)
-    return str(found)
 
 
 def with_sendmail(commands: str, directory: Path) -> str:
@@ -60,7 +49,7 @@ async def test_asynchronous_work_and_json(server: Server, nc: Client, tmp_path: 
     async with server.script(consumer, *CONSUMER[1:], PATH=path) as running:
         await running.line(".* will be processed via DLQ", 2)
     assert (tmp_path / "sent").read_text() == "Welcome"
-    (logged,) = re.findall(r"(error processing .*) \(attempt 1 of 2, .*", README)
+    (logged,) = re.findall(r"(error processing .*) \(attempt 1 of 2, .*", DOCS)
     assert running.found(".*bob.*")[0].startswith(f"{logged} (attempt ")
     assert running.found(r"error processing \{\"to\": \"ann: JSONDecodeError: .*")
 
@@ -166,7 +155,7 @@ async def test_another_queue_beside_the_first(server: Server, nc: Client, tmp_pa
     code = re.sub(r"\[.*\]", "[0.2]", example("BACKOFF = ")) + f"\nasync def process(order: Msg) -> None:\n    {body}"
     edited(str(emails / "consumer.py"), code, emails)
     consumer, dlq, publisher = (
-        [sys.executable, *shlex.split(line)[1:]] for line in example("--input emails.jsonl").splitlines()[-3:]
+        [sys.executable, *shlex.split(line)[1:]] for line in example("python emails/dlq.py").splitlines()[-3:]
     )
     async with (
         server.script(*CONSUMER, *NO_FAILURES) as orders,
@@ -187,14 +176,6 @@ async def test_another_queue_beside_the_first(server: Server, nc: Client, tmp_pa
     assert len(dead_mails.found("reprocessing .*")) == 1
 
 
-@pytest.mark.parametrize("name", ["web shop", "caf\u00e9", "a..b.>", "*"])
-async def test_a_connection_may_have_any_name(server: Server, tmp_path: Path, name: str) -> None:
-    program = tmp_path / "program.py"
-    code = example("from jobqueue.publish").replace("emails.new", "orders.new").replace('"shop"', repr(name))
-    program.write_text(code)
-    assert (await server.run(str(program))).lines == ["stored"]
-
-
 async def test_a_failure_is_told_though_a_thread_is_still_at_work(server: Server, tmp_path: Path) -> None:
     code = "import threading\n\nfrom jobqueue.errors import Failure\n"
     code += "async def check_streams(nc: Client) -> None:\n"
@@ -202,43 +183,3 @@ async def test_a_failure_is_told_though_a_thread_is_still_at_work(server: Server
     async with server.script(edited(CONSUMER[0], code, tmp_path), *CONSUMER[1:]) as running:
         await running.line("told")
         assert running.process.returncode is None
-
-
-async def test_publishing_from_a_program(server: Server, nc: Client, tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(example("from jobqueue.publish").replace("emails.new", "orders.new"))
-    for _ in range(2):
-        assert (await server.run(str(program))).lines == ["stored"]
-    assert await messages(nc, "orders_stream") == 1
-    await nc.jetstream().delete_stream("orders_stream")
-    assert (await server.run(str(program))).lines[-1] == "not stored"
-
-
-async def test_the_services_run_and_have_the_time_to_stop(server: Server, nc: Client, tmp_path: Path) -> None:
-    (start,) = re.findall(r"ExecStart=\S+ (.*)", README)
-    (command,) = re.findall(r'command: \["python", (.*)\]', README)
-    assert shlex.split(start) == json.loads(f"[{command}]")
-    script, *arguments = shlex.split(start)
-    longest = float(arguments[arguments.index("--time-limit") + 1])
-    for seconds in re.findall(r"(?:TimeoutStopSec=|terminationGracePeriodSeconds: )(\d+)", README):
-        assert float(seconds) >= longest + max(SHUTDOWN_CONFIRM_TIME, PULL_EXPIRES) + CLOSE_TIMEOUT
-    await publish(nc, b"order-0")
-    consumer = with_body(script, "process", "log.info('began')\n    await asyncio.sleep(4)", tmp_path)
-    async with server.script(consumer, *arguments) as running:
-        await running.line("began")
-        assert await running.stop() == 0
-    assert running.messages[-1] == "stopped: 1 orders processed, 0 deliveries failed"
-
-
-async def test_the_commands_that_show_what_goes_on(server: Server, nc: Client) -> None:
-    await publish(nc, *(b"order-%d" % i for i in range(4)))
-    (watching,) = example("nats events").splitlines()
-    async with started(*shlex.split(watching), NATS_URL=server.url) as events:
-        await events.line("Listening for advisories on .*")
-        async with server.script(*CONSUMER, "--failure-rate", "1"):
-            await events.line(r".*\[JS Max Deliveries\] orders_stream \(4\) > processor: 2 deliveries")
-    for line in [*example("nats stream report\nnats consumer report").splitlines(), "nats stream get orders_stream 4"]:
-        assert line in README
-        async with started(*shlex.split(line), NATS_URL=server.url) as natscli:
-            assert await natscli.status() == 0, natscli.lines
-    assert "order-3" in natscli.lines

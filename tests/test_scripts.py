@@ -1,4 +1,4 @@
-"""The set-up, the demo, and what the README says of all the scripts."""
+"""The set-up, the demo, and what all the scripts have in common."""
 
 import asyncio
 import os
@@ -101,22 +101,6 @@ async def test_uv_runs_a_script_without_any_setup(server: Server, tmp_path: Path
     async with started(*command, cwd=project, NATS_URL=server.url, UV_SYSTEM_CERTS="true") as publisher:
         assert await publisher.status() == 0, publisher.lines
     assert publisher.messages[-1] == "published order no. 0"
-
-
-async def test_the_readme_names_what_is_there() -> None:
-    readme = re.sub(r"https://[^)\s]+", "", (ROOT / "README.md").read_text())
-    named = set(re.findall(r"[\w./]*\b\w+/[\w/]+\.(?:py|sh)\b", readme))
-    assert {"publisher/publisher.py", "consumer/consumer.py", "dlq/consumer.py", "./scripts/demo.sh"} <= named
-    own = "emails/"  # what the reader makes
-    assert not [path for path in named if not path.startswith(own) and not (ROOT / path).is_file()]
-
-
-async def test_the_readme_explains_every_flag_of_the_streams() -> None:
-    readme = (ROOT / "README.md").read_text()
-    for script in ("create_orders_stream.sh", "create_orders_unprocessed.sh"):
-        flags = re.findall(r"^    (--[\w-]+)", (ROOT / "scripts" / script).read_text(), re.MULTILINE)
-        assert len(flags) == 14
-        assert not [flag for flag in flags if f"| `{flag}" not in readme]
 
 
 async def test_a_script_in_a_terminal_ends_by_ctrl_c_while_it_connects() -> None:
