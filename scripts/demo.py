@@ -1,5 +1,6 @@
 """The whole article on an embedded nats-server; scripts/demo.sh is what starts it."""
 
+import argparse
 import asyncio
 import os
 import re
@@ -167,6 +168,7 @@ async def demo() -> int:
 
 def main() -> None:
     """Run the demo; SIGINT and SIGTERM end it in order."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
 
     async def interruptible() -> int:
         running = asyncio.ensure_future(demo())

@@ -7,6 +7,7 @@ The lines of a real run come up from below, at their own times. No recorder is i
 longer kept, and the demo prints plain lines.
 """
 
+import argparse
 import subprocess
 import sys
 import time
@@ -68,6 +69,7 @@ text {{ font: 13px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; whi
 
 def main() -> None:
     """Record the demo."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     PICTURE.parent.mkdir(exist_ok=True)
     PICTURE.write_text(draw(record()))
     print(f"{PICTURE.relative_to(ROOT)} is written")

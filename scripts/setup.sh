@@ -3,7 +3,8 @@
 #
 #     scripts/setup.sh
 #
-# environment: PYTHON, the Python to use, 3.11 or later (default: the first fit one on the PATH)
+# environment: PYTHON, the Python to use, 3.11 or later (default: the first fit one on the PATH); NATSCLI_VERSION, of
+# the natscli to build where there is none, v0.4.0 or v0.5.0 (default: v0.4.0)
 #
 # exit status: 0 all is there, 1 something is missing, and a line says what
 set -euo pipefail
@@ -11,7 +12,7 @@ set -euo pipefail
 . "$(dirname "$(readlink -f "$0")")/help.sh"
 cd "$(dirname "$(readlink -f "$0")")/.."
 
-NATSCLI=github.com/nats-io/natscli/nats@v0.4.0
+NATSCLI=github.com/nats-io/natscli/nats@${NATSCLI_VERSION:-v0.4.0}
 
 fail() {
     echo "$1" >&2
