@@ -102,9 +102,11 @@ async def ensure_durable(nc: Client, stream: str, config: ConsumerConfig, *, upd
                 raise
             return await ensure_durable(nc, stream, config, update=update)
     current = info["config"]
+    if not update:
+        return info
     if current.get("max_ack_pending") != DEFAULT_MAX_ACK_PENDING:
-        own.pop("max_ack_pending", None)
-    if not update or current | own == current:
+        _keep_max_ack_pending(stream, current, own)
+    if current | own == current:
         return info
     if "filter_subject" in own and (filters := subject_filters(current)) != [own["filter_subject"]]:
         raise Failure(
@@ -113,6 +115,14 @@ async def ensure_durable(nc: Client, stream: str, config: ConsumerConfig, *, upd
             f"`nats consumer rm -f {stream} {durable}`, and start again: what was skipped is then delivered"
         )
     return await _configure(nc, subject, {"stream_name": stream, "config": current | own})
+
+
+def _keep_max_ack_pending(stream: str, current: dict[str, Any], own: dict[str, Any]) -> None:
+    """Let an operator's value stay, and say so."""
+    wanted, kept = own.pop("max_ack_pending", None), current.get("max_ack_pending")
+    if wanted and wanted != kept:
+        command = f"nats consumer edit -f {stream} {current['durable_name']} --max-pending {wanted}"
+        log.warning("the durable's max_ack_pending of %s is kept; `%s` sets it to %s", kept, command, wanted)
 
 
 async def _configure(nc: Client, subject: str, request: dict[str, Any]) -> dict[str, Any]:

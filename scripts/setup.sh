@@ -54,7 +54,9 @@ fi
 
 # Installed from this very pyproject.toml, in this very place?
 stamp=.venv/installed
+ready=""
 if ! { pwd && cat pyproject.toml; } | cmp -s - $stamp; then
+    ready="ready: source .venv/bin/activate"
     echo "installing the project into .venv ..."
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
     { pwd && cat pyproject.toml; } >$stamp
@@ -69,3 +71,4 @@ if ! command -v nats >/dev/null && ! [ -x .venv/bin/nats ]; then
         install_natscli "$scratch/venv/bin/go" || fail "natscli could not be built: $(tail -n 1 "$scratch/log")"
     fi
 fi
+[ -z "$ready" ] || echo "$ready"

@@ -324,7 +324,7 @@ async def test_an_http_api_that_fails_for_a_while(server: Server, nc: Client, tm
             (length,) = re.findall(rb"(?i)content-length: (\d+)", head)
             requests.append(await reader.readexactly(int(length)))
             status = b"200 OK" if requests.count(requests[-1]) > 1 else b"500 Internal Server Error"
-            writer.write(b"HTTP/1.1 " + status + b"\r\nContent-Length: 0\r\n\r\n")
+            writer.write(b"HTTP/1.1 " + status + b"\r\nContent-Length: 4\r\n\r\nbusy")
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError):
@@ -336,7 +336,7 @@ async def test_an_http_api_that_fails_for_a_while(server: Server, nc: Client, tm
     consumer = edited(CONSUMER[0], code, tmp_path)
     await publish(nc, b"order-0", b"order-1")
     async with server.script(consumer, *CONSUMER[1:]) as running, server.script(*DLQ):
-        await running.line("error processing order-0: HTTPStatusError: Server error '500 Internal Server Error'.*")
+        await running.line("error processing order-0: RuntimeError: 500: busy .*")
         await emptied(nc, "orders_stream")
         assert await running.stop() == 0
     assert sorted(requests) == [b"order-0", b"order-0", b"order-1", b"order-1"]

@@ -1,6 +1,7 @@
 """What becomes of a durable: it is created, its own fields are set, and an operator's edits stay."""
 
 import asyncio
+import shlex
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -33,11 +34,15 @@ async def test_what_an_operator_has_edited_stays(server: Server, nc: Client) -> 
             return bool(config["max_deliver"] == 2)
 
         async with server.script(*command) as running:
+            edit = await running.line("the durable's max_ack_pending of 77 is kept; `(.*)` sets it to 100000")
             await until(is_updated)
             assert await running.stop() == 0
         config = (await durable_info(nc, stream, durable))["config"]
         assert config["metadata"].pop("team") == "shop"
         assert config | OPERATORS | {"metadata": config["metadata"]} == config
+        edited = await server.run(*shlex.split(edit))
+        assert edited.process.returncode == 0, edited.lines
+        assert (await durable_info(nc, stream, durable))["config"]["max_ack_pending"] == 100_000
 
 
 async def test_a_durable_that_is_as_it_should_be_is_not_updated(server: Server, nc: Client) -> None:
