@@ -46,14 +46,14 @@ class SimulatedError(Exception):
 
 def parse_args() -> None:
     """Read the command line's arguments into `options`."""
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, "the graceful shutdown has finished")
     parser.add_argument("stream", type=stream_name, help="the stream's name, such as orders_stream")
-    parser.add_argument("subject_filter", type=subject_filter, help='which orders, such as "orders.*"')
+    parser.add_argument("subject_filter", type=subject_filter, help='subjects to process, such as "orders.*"')
     parser.add_argument(
-        "--concurrency", type=whole_number(1, 500), default=1, help="orders at a time (default: %(default)s)"
+        "--concurrency", type=whole_number(1, 500), default=1, help="orders processed at a time (default: %(default)s)"
     )
     parser.add_argument(
-        "--failure-rate", type=number(0, 1), default=0.5, help="share that fails (default: %(default)s)"
+        "--failure-rate", type=number(0, 1), default=0.5, help="fraction that fails, 0 to 1 (default: %(default)s)"
     )
     parser.add_argument("--work-time", type=number(0), default=0.01, help="seconds of work (default: %(default)s)")
     parser.add_argument(

@@ -50,14 +50,14 @@ tally: Counter[str] = Counter()
 
 def parse_args() -> None:
     """Read the command line's arguments into `options`."""
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, "the graceful shutdown has finished")
     parser.add_argument("dlq_stream", type=stream_name, help="where the advisories are, such as orders_unprocessed")
     parser.add_argument("original_stream", type=stream_name, help="where the orders are, such as orders_stream")
     parser.add_argument(
         "--concurrency", type=whole_number(1, 500), default=1, help="dead letters at a time (default: %(default)s)"
     )
     parser.add_argument(
-        "--time-limit", type=number(0.1), default=600, help="seconds for the work on one order (default: %(default)s)"
+        "--time-limit", type=number(0.1), default=600, help="seconds for the work on each (default: %(default)s)"
     )
     parser.parse_args(namespace=options)
 

@@ -47,25 +47,25 @@ tally: Counter[str] = Counter()
 
 def parse_args() -> None:
     """Read the command line's arguments into `options`."""
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, "the command has been carried out for all")
     parser.add_argument("dlq_stream", type=stream_name, help="where the advisories are, such as orders_unprocessed")
     parser.add_argument("original_stream", type=stream_name, help="where the orders are, such as orders_stream")
     commands = parser.add_subparsers(dest="command", required=True, metavar="list|retry|discard")
     listing = commands.add_parser("list", help="show all dead letters")
-    listing.add_argument("--json", action="store_true", help="an object a line, with headers and the whole payload")
+    listing.add_argument("--json", action="store_true", help="one JSON object per line, with headers and whole payload")
     retrying = commands.add_parser("retry", help="redrive: publish dead letters again, for fresh attempts")
     discarding = commands.add_parser("discard", help="print dead letters, then remove them")
     for command in (retrying, discarding):
-        command.add_argument("sequences", nargs="*", type=whole_number(1), metavar="SEQUENCE", help="stream sequence")
+        command.add_argument("sequences", nargs="*", type=whole_number(1), metavar="SEQUENCE", help="shown by `list`")
         command.add_argument("--all", action="store_true", help="all dead letters")
-    discarding.add_argument("--yes", action="store_true", help="don't ask before --all")
+    discarding.add_argument("--yes", action="store_true", help="don't ask for confirmation of --all")
     parser.parse_args(namespace=options)
     if options.command == "list":
         return
     if options.all == bool(options.sequences):  # both, or neither
-        commands.choices[options.command].error("name stream sequences or --all")
+        commands.choices[options.command].error("give stream sequences, or --all")
     if options.command == "discard" and options.all and not options.yes and not sys.stdin.isatty():
-        discarding.error("--all needs --yes where nobody can be asked")
+        discarding.error("--all requires --yes without a terminal")
 
 
 def confirm() -> None:

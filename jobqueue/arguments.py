@@ -12,24 +12,28 @@ EPILOG = """
 environment:
   NATS_URL                    one URL, or several with commas between them (default: nats://localhost:4222)
   NATS_CREDENTIALS_FILE_PATH  a .creds file; with it alone the server is tls://connect.ngs.global
-  SSL_CERT_FILE               the authority of the server's certificate, if it isn't one of the well-known ones
+  SSL_CERT_FILE               a CA certificate, if the server's CA isn't a public one
   LIVENESS_FILE               a file to touch every five seconds, for a liveness probe
 
 exit status:
-  0  publisher: every order is stored; consumers: the graceful shutdown has finished (SIGINT, SIGTERM, SIGHUP);
-     manage: the command is carried out for all
+  0  %s
   1  any other error; a line says which
   2  wrong usage
 """
 FILTER = re.compile(r"((\*|[^*>.]+)\.)*(\*|>|[^*>.]+)")
 
 
-def make_parser(doc: str | None) -> argparse.ArgumentParser:
-    """Return a script's parser, whose help is the script's docstring and what all scripts share."""
+def make_parser(doc: str | None, success: str) -> argparse.ArgumentParser:
+    """Return a script's parser.
+
+    Args:
+        doc: the script's docstring, which its help begins with.
+        success: when its exit status is 0.
+    """
     description, _, examples = (doc or "").partition("\n\n")
     return argparse.ArgumentParser(
         description=description,
-        epilog=examples.replace("Usage:", "examples:") + EPILOG,
+        epilog=examples.replace("Usage:", "examples:") + EPILOG % success,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 

@@ -55,6 +55,8 @@ def describe_error(error: BaseException) -> str:
         message = f"{error.description} ({error.err_code})"
     elif isinstance(error, ServiceUnavailableError):
         message = "no responders"
+    elif isinstance(error, ConnectionReconnectingError):
+        message = "not connected to the server"
     elif isinstance(error, TimeoutError) and message in ("", "timeout"):
         message = "timed out"
     elif failed := re.search(r"\[Errno (\d+)\] Connect", message):

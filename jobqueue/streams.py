@@ -112,7 +112,8 @@ async def ensure_durable(nc: Client, stream: str, config: ConsumerConfig, *, upd
         raise Failure(
             f"the durable {durable} on {stream} takes {printable(', '.join(filters))}, not {own['filter_subject']}; "
             "all its processes share that. To change it, stop them, run "
-            f"`nats consumer rm -f {stream} {durable}`, and start again: what was skipped is then delivered"
+            f"`nats consumer rm -f {stream} {durable}`, and start again: what was skipped is then delivered, "
+            "and so are the dead letters"
         )
     return await _configure(nc, subject, {"stream_name": stream, "config": current | own})
 

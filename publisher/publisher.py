@@ -36,13 +36,16 @@ options = argparse.Namespace()
 
 def parse_args() -> None:
     """Read the command line's arguments into `options`."""
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, "every order is stored")
     parser.add_argument("subject", type=subject, help="where to, such as orders.new")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--count", type=whole_number(1), default=20, help="how many orders (default: %(default)s)")
     which.add_argument("--input", metavar="FILE", help="publish each line of a file instead; - is standard input")
     parser.add_argument(
-        "--interval", type=number(0), default=1.0, help="seconds between them; 0: many at a time (default: %(default)s)"
+        "--interval",
+        type=number(0),
+        default=1.0,
+        help="seconds between them; 0 is many at a time (default: %(default)s)",
     )
     parser.parse_args(namespace=options)
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Measures the queue and what it is compared with, and writes RESULTS.md and results.svg in tests/benchmarks/.
-# With arguments it is these sections only, and nothing is written:
+# Measures the queue and other programs, and writes RESULTS.md and results.svg in tests/benchmarks/.
+# With arguments it measures only these sections, and writes nothing:
 #
 #     ./scripts/benchmark.sh [--rounds 3] [SECTION ...]
 #
-# exit status: 0 it has been measured
+# exit status: 0 all is measured
 set -euo pipefail
 # shellcheck source=scripts/help.sh
 . "$(dirname "$(readlink -f "$0")")/help.sh"

@@ -3,7 +3,7 @@
 #
 #     scripts/setup.sh
 #
-# environment: PYTHON, the Python to use, 3.11 or later (default: the first fit one on the PATH); NATSCLI_VERSION, of
+# environment: PYTHON, the Python to use, 3.11 or later (default: the first suitable one on the PATH); NATSCLI_VERSION, of
 # the natscli to build where there is none, v0.4.0 or v0.5.0 (default: v0.4.0)
 #
 # exit status: 0 all is there, 1 something is missing, and a line says what

@@ -103,7 +103,7 @@ async def test_another_filter_than_the_durables_is_refused(server: Server, nc: C
             [
                 "the durable processor on orders_stream takes orders.new, not orders.*; all its processes share that. "
                 "To change it, stop them, run `nats consumer rm -f orders_stream processor`, and start again: what was "
-                "skipped is then delivered"
+                "skipped is then delivered, and so are the dead letters"
             ],
         )
         await first.stop()

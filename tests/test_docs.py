@@ -27,6 +27,7 @@ from tests.harness import (
     CONSUMER,
     DLQ,
     DOCS,
+    NATS_SERVER,
     ROOT,
     Server,
     edited,
@@ -244,6 +245,13 @@ async def _is(condition: bool) -> bool:
 async def _has_in_flight(nc: Client) -> bool:
     durables = await nc.jetstream().consumers_info("orders_stream")
     return any(durable.num_ack_pending for durable in durables)
+
+
+async def test_the_servers_configuration_is_valid(tmp_path: Path) -> None:
+    (configuration,) = re.findall(r"^```\n(authorization \{.*?)^```", DOCS, re.M | re.S)
+    (tmp_path / "server.conf").write_text(configuration)
+    async with started(NATS_SERVER, "--config", tmp_path / "server.conf", "-t") as checked:
+        assert await checked.status() == 0, checked.lines
 
 
 async def test_a_liveness_file_that_cannot_be_touched_is_reported(server: Server, tmp_path: Path) -> None:

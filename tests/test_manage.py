@@ -116,7 +116,7 @@ async def test_dead_letters_are_discarded_after_they_have_been_printed(server: S
     assert lines[1].endswith("discarded order-1: # 2 in orders_stream")
     assert [one["sequence"] for one in await listed(server)] == [1, 3]
     refused = await manage(server, "discard", "--all", status=2)
-    assert refused.lines[-1].endswith("error: --all needs --yes where nobody can be asked")
+    assert refused.lines[-1].endswith("error: --all requires --yes without a terminal")
     await manage(server, "discard", "--all", "--yes")
     assert [await messages(nc, stream) for stream in BOTH] == [0, 0]
 

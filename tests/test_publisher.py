@@ -157,7 +157,7 @@ async def test_an_order_that_was_given_up_is_not_sent_later(server: Server, nc: 
     ):
         await publisher.line("published order no. 0")
         proxy.cut()
-        await publisher.line("order no. 1 is not published: connection reconnecting")
+        await publisher.line("order no. 1 is not published: not connected to the server")
         proxy.restore()
         await publisher.line("published order no. 2")
         assert await publisher.status() == 1

@@ -159,8 +159,8 @@ async def test_orders_that_wait_are_neither_delivered_twice_nor_dead(server: Ser
     await publish(nc, *(b"order-%d" % i for i in range(600)))
     async with server.script(*CONSUMER, *NO_FAILURES, "--work-time", "0.1", "--concurrency", "3") as consumer:
         await consumer.line("received .*", 100)
-        # What is worked on, and one order more.
-        assert (await durable_info(nc, "orders_stream", "processor"))["num_ack_pending"] <= 4
+        # What is being processed, and at most 0.4 seconds of work.
+        assert (await durable_info(nc, "orders_stream", "processor"))["num_ack_pending"] <= 3 + 12
         await emptied(nc, "orders_stream")
         received = consumer.found("received (.*) from .*")
     assert Counter(received) == Counter(f"order-{i}" for i in range(600))
