@@ -11,7 +11,7 @@ NOBODY_READS = (errno.EPIPE, errno.EIO)  # a pipe whose reader has ended; a term
 
 
 def set_up_logging(log: logging.Logger) -> None:
-    """Let the lines of the script's logger and of jobqueue's go to standard error."""
+    """Send the lines of the script's logger and of jobqueue's to standard error."""
     handler = _Handler()
     handler.setFormatter(_Formatter("%(asctime)s %(message)s"))
     logging.getLogger().addHandler(handler)
@@ -20,20 +20,22 @@ def set_up_logging(log: logging.Logger) -> None:
         own.setLevel(logging.INFO)
         own.findCaller = lambda *_: ("", 0, "", None)  # type: ignore[method-assign]
         own.makeRecord = _Record  # type: ignore[method-assign, assignment]
-    # nats-py and asyncio log tracebacks; what matters of them comes through callbacks.
+    # nats-py and asyncio log tracebacks; their errors are reported through nats-py's callbacks.
     logging.getLogger("nats").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 class _Handler(logging.StreamHandler[Any]):
-    """Begins the shutdown when nobody reads the log any more, so that no process works on unseen."""
+    """Begins the shutdown when nobody reads the log any more, so that no process runs unobserved."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         error = sys.exception()
         if not isinstance(error, OSError) or error.errno not in NOBODY_READS:
             super().handleError(record)
-        elif callable(signal.getsignal(signal.SIGTERM)):  # in `shutdown_on_signal`, and before its first signal
-            signal.raise_signal(signal.SIGTERM)
+            return
+        on_signal = signal.getsignal(signal.SIGTERM)
+        if callable(on_signal):  # within `shutdown_on_signal`
+            on_signal(signal.SIGHUP, None)  # which never counts as a second signal
 
 
 class _Formatter(logging.Formatter):

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ except ImportError:
 log = logging.getLogger(__name__)
 
 SHUTDOWN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SAME_SIGNAL_TIME = 0.2  # seconds in which a repeated signal counts as the same one
 TOUCH_INTERVAL = 5.0  # seconds
 PROGRESS_INTERVAL = 10.0  # seconds between two lines about what holds up the exit
 
@@ -37,7 +39,8 @@ def start(run: Coroutine[None, None, int], script_log: logging.Logger) -> int:
     set_up_logging(script_log)
 
     async def run_until_failure() -> int:
-        touching = asyncio.create_task(_touch_liveness_file())
+        liveness_file = os.environ.get("LIVENESS_FILE")
+        touching = asyncio.create_task(_touch_liveness_file(liveness_file)) if liveness_file else None
         try:
             return await run
         except Failure as failure:  # logged here, since a thread that still runs delays the end of the event loop
@@ -45,7 +48,8 @@ def start(run: Coroutine[None, None, int], script_log: logging.Logger) -> int:
             return 1
         finally:
             await _join_threads()
-            touching.cancel()
+            if touching:
+                touching.cancel()
 
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
@@ -57,63 +61,73 @@ def start(run: Coroutine[None, None, int], script_log: logging.Logger) -> int:
 
 @contextmanager
 def shutdown_on_signal(shutdown: asyncio.Event, describe_work: Callable[[], str]) -> Iterator[None]:
-    """Set an event at the first SIGINT, SIGTERM or SIGHUP of the block. A second one ends the process at once.
+    """Within the block, set an event at the first SIGINT, SIGTERM or SIGHUP. A second signal ends the process at once.
 
     Args:
         shutdown: the event.
-        describe_work: returns what is still to be finished, for the log line of the first signal.
+        describe_work: returns what is still to be finished, for the log.
     """
     loop = asyncio.get_running_loop()
-    # A process that was started by nohup goes on when its terminal is closed.
+    # nohup has SIGHUP ignored: leave it ignored.
     signals = [signum for signum in SHUTDOWN_SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
-
-    is_requested = False
+    first_at: float | None = None
     timer: asyncio.TimerHandle | None = None
+    is_over = False
 
-    def shut_down() -> None:
+    def begin_shutdown() -> None:
+        if not is_over:
+            shutdown.set()
+            log_progress("shutting down")
+
+    def log_progress(what: str) -> None:
         nonlocal timer
-        still = "still " if shutdown.is_set() else ""
-        shutdown.set()
-        log.info("%sshutting down: finishing %s (signal again to exit now)", still, describe_work())
-        timer = loop.call_later(PROGRESS_INTERVAL, shut_down)
+        log.info("%s: finishing %s (signal again to exit now)", what, describe_work())
+        timer = loop.call_later(PROGRESS_INTERVAL, log_progress, "still shutting down")
 
-    # The event loop's own handlers would have to wait where it is blocked, as by a log whose reader has stalled.
-    def on_signal(_signum: int, _frame: Any) -> None:
-        nonlocal is_requested
-        restore_defaults()
-        if not is_requested:  # two signals at the same time are one
-            is_requested = True
-            loop.call_soon_threadsafe(shut_down)
-
-    def restore_defaults() -> None:
-        for signum in signals:
+    # The event loop's own handlers cannot run while it is blocked, for example by a stalled log.
+    def on_signal(signum: int, _frame: Any) -> None:
+        nonlocal first_at
+        now = time.monotonic()
+        if first_at is None:
+            first_at = now
+            loop.call_soon_threadsafe(begin_shutdown)
+        # A closed terminal sends SIGHUP more than once; `timeout` and supervisors signal a process and its group.
+        elif signum != signal.SIGHUP and now > first_at + SAME_SIGNAL_TIME:
             signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
 
     for signum in signals:
         signal.signal(signum, on_signal)
     try:
         yield
     finally:
-        restore_defaults()
+        is_over = True
+        for signum in signals:
+            is_hangup = signum == signal.SIGHUP and first_at is not None
+            signal.signal(signum, signal.SIG_IGN if is_hangup else signal.SIG_DFL)
         if timer:
             timer.cancel()
 
 
-async def _touch_liveness_file() -> None:
+async def _touch_liveness_file(name: str) -> None:
     """Touch the file again and again, so that a probe sees when the event loop is blocked."""
-    while name := os.environ.get("LIVENESS_FILE"):
+    reported = ""
+    while True:
         try:
             Path(name).touch()  # noqa: ASYNC240  quick
         except OSError as error:
-            log.error("cannot touch the liveness file %s: %s", printable(name), error.strerror)
+            reason = str(error.strerror)
+            if reason != reported:
+                log.error("cannot touch the liveness file %s: %s", printable(name), reason)
+            reported = reason
         await asyncio.sleep(TOUCH_INTERVAL)
 
 
 async def _join_threads() -> None:
-    """Wait for the threads of a user's work that was cancelled, and go on saying so."""
+    """Wait for the threads of work that was cancelled, and log it every PROGRESS_INTERVAL."""
     joining = asyncio.create_task(asyncio.get_running_loop().shutdown_default_executor())
     while not (await asyncio.wait((joining,), timeout=PROGRESS_INTERVAL))[0]:
-        log.warning("waiting for a thread of the work (signal to exit now)")
+        log.warning("shutting down: waiting for a thread of a cancelled order (signal to exit now)")
 
 
 def _open_standard_files() -> None:
