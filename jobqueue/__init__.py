@@ -1,7 +1,6 @@
 """Publish to a job queue from a program of your own.
 
-`connect`, `publish`, `publish_many`, `Message`, `Outcome` and `Failure` are public. All else belongs to this project's
-scripts, and may change with any version.
+The names in `__all__` are public. Everything else is internal and may change in any version.
 
 Example:
     import asyncio
@@ -17,8 +16,9 @@ Example:
     asyncio.run(main())
 """
 
+from jobqueue.client import Client
 from jobqueue.connection import connect
 from jobqueue.errors import Failure
 from jobqueue.publishing import Message, Outcome, publish, publish_many
 
-__all__ = ["Failure", "Message", "Outcome", "connect", "publish", "publish_many"]
+__all__ = ["Client", "Failure", "Message", "Outcome", "connect", "publish", "publish_many"]

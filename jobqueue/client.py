@@ -5,6 +5,7 @@ import re
 from contextlib import suppress
 from typing import Any
 
+import nats.errors
 from nats.aio.client import Client as NatsClient
 from nats.aio.msg import Msg
 from nats.aio.transport import TcpTransport
@@ -18,16 +19,21 @@ SERVER_ERROR = re.compile(rb"-ERR ('[^'\r\n]*')")
 
 
 class Client(NatsClient):
-    """A connection to NATS; `jobqueue.connect` makes one."""
+    """A connection to NATS, made by `connect`: nats-py's client, with its faults worked around.
+
+    Example:
+        async def queue_order(nc: Client, number: int) -> Outcome:
+            return await publish(nc, "orders.new", Message(b"order", id=f"order-{number}"))
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.refused: dict[str, str] = {}  # what the server doesn't permit: subject (in lower case) and its words
+        self.refused_subjects: dict[str, str] = {}  # subject (in lower case, as nats-py has it): the server's message
 
     def _connect_command(self) -> bytes:
         """Insist on TLS for a `tls://` URL, as nats.go does; nats-py would send the password in clear.
 
-        And read the credentials file anew, since a user's JWT expires.
+        Reread the credentials file, because a user's JWT expires.
         """
         assert self._current_server
         if self._current_server.uri.scheme == "tls" and not self._server_info.get("tls_required"):
@@ -51,7 +57,7 @@ class Client(NatsClient):
     def _build_message(
         self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: dict[str, str] | None
     ) -> Msg:
-        """Take any subject that the server takes; nats-py stops reading for good at one that isn't UTF-8."""
+        """Take any subject that the server takes; nats-py's read loop ends at one that isn't UTF-8."""
         return Msg(
             self,
             subject.decode(errors="backslashreplace"),
@@ -62,7 +68,7 @@ class Client(NatsClient):
         )
 
     async def _process_headers(self, headers: bytes) -> dict[str, str] | None:
-        """Take any headers that the server takes; nats-py stops reading for good at too short ones."""
+        """Take any headers that the server takes; nats-py's read loop ends at headers that are too short."""
         if not headers:
             return None
         try:
@@ -72,7 +78,7 @@ class Client(NatsClient):
         return parsed
 
     async def _process_err(self, err_msg: str) -> None:
-        """Reconnect when the server ends the connection; nats-py closes it for good, say at a JWT's end."""
+        """Reconnect when the server ends the connection; nats-py closes it for good, as when a JWT expires."""
         if PERMISSIONS_ERR in err_msg:
             await super()._process_err(err_msg)
             return
@@ -81,16 +87,20 @@ class Client(NatsClient):
         await self._process_op_err(error)
 
     async def _attempt_reconnect(self) -> None:
-        """Drop what is unsent on a dead connection; nats-py waits until TCP gives up on it, or sends it much later."""
+        """Drop what is unsent on a dead connection; nats-py waits until TCP times out, or sends it much later."""
+        self.abort()
+        await super()._attempt_reconnect()
+
+    def abort(self) -> None:
+        """Drop the TCP connection and what is unsent."""
         self._pending = []
         self._pending_data_size = 0
         if isinstance(self._transport, TcpTransport) and self._transport._io_writer:
             self._transport._io_writer.transport.abort()
-        await super()._attempt_reconnect()
 
 
 class ScriptClient(Client):
-    """Where one permission error ends the task that the script runs in."""
+    """A script's connection: the first permission error ends the task that made it."""
 
     async def request(self, *args: Any, **kwargs: Any) -> Msg:
         """Raise CancelledError after a permission error.
@@ -99,41 +109,62 @@ class ScriptClient(Client):
         (https://github.com/python/cpython/issues/86296).
         """
         answer: Msg = await super().request(*args, **kwargs)
-        if self.refused:
+        if self.refused_subjects:
             raise asyncio.CancelledError
         return answer
 
 
 class ProgramClient(Client):
-    """Where a permission error ends the requests to that subject."""
+    """A program's connection: a permission error fails the requests to that subject."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._refusals: dict[asyncio.Future[str], str] = {}  # for each request: its subject
+        self._waiting: dict[asyncio.Future[str], str] = {}  # for each request: the future of its refusal, its subject
+        self._is_inbox_refused = False
 
-    async def request(self, subject: str, *args: Any, **kwargs: Any) -> Msg:
-        """Raise an error as soon as the server refuses the subject; nats-py waits until the time-out."""
+    async def request(
+        self,
+        subject: str,
+        payload: bytes = b"",
+        timeout: float = 0.5,  # noqa: ASYNC109
+        *args: Any,
+        **kwargs: Any,
+    ) -> Msg:
+        """Raise an error when the server refuses the subject or the inbox; nats-py waits until the timeout.
+
+        And keep the timeout when the server reads nothing; nats-py waits until it does.
+        """
+        if self._is_inbox_refused:
+            self._is_inbox_refused = False
+            self._resp_sub_prefix = None  # so that nats-py subscribes again: it may be permitted now
         refusal: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._refusals[refusal] = subject.lower()
-        request = asyncio.create_task(super().request(subject, *args, **kwargs))
+        self._waiting[refusal] = subject.lower()
+        request = asyncio.create_task(super().request(subject, payload, timeout, *args, **kwargs))
+        request.add_done_callback(lambda task: task.cancelled() or task.exception())  # which may come too late
         try:
-            await asyncio.wait((request, refusal), return_when=asyncio.FIRST_COMPLETED)
-            if not request.done():
+            await asyncio.wait((request, refusal), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if refusal.done() and not request.done():
                 raise Error(f"nats: {refusal.result()}")
-            return await request
+            if not request.done():
+                raise nats.errors.TimeoutError
+            answer = request.result()
         finally:
             request.cancel()
-            del self._refusals[refusal]
+            del self._waiting[refusal]
+        self.refused_subjects.pop(subject.lower(), None)
+        return answer
 
     async def _attempt_reconnect(self) -> None:
         """Forget what was refused: the user may have other permissions now."""
-        self.refused.clear()
+        self.refused_subjects.clear()
+        self._is_inbox_refused = False
         await super()._attempt_reconnect()
 
-    def fail_requests(self, refused: str, why: str) -> bool:
-        """Let the requests to a subject fail, or all where it is their inbox; return whether there are any."""
-        is_inbox = refused == f"{(self._resp_sub_prefix or b'').decode().lower()}*"
-        failing = [refusal for refusal, subject in self._refusals.items() if is_inbox or subject == refused]
+    def fail_requests(self, subject: str, why: str) -> bool:
+        """Fail the requests to a subject, or all if it is their inbox; return whether any was waiting."""
+        is_inbox = subject == f"{(self._resp_sub_prefix or b'').decode().lower()}*"
+        self._is_inbox_refused |= is_inbox
+        failing = [refusal for refusal, requested in self._waiting.items() if is_inbox or requested == subject]
         for refusal in failing:
             if not refusal.done():
                 refusal.set_result(why)

@@ -10,7 +10,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from nats.aio.msg import Msg
-from nats.errors import ConnectionReconnectingError, Error, MaxPayloadError
+from nats.errors import ConnectionClosedError, ConnectionReconnectingError, Error, MaxPayloadError
 
 from jobqueue.client import Client
 from jobqueue.errors import STREAM_FULL, describe_error, printable
@@ -23,11 +23,12 @@ LATE_CHECK_INTERVAL = 0.5  # seconds
 PUBLISH_TIMEOUT = 30.0  # seconds for all attempts; well within the stream's duplicate window
 HEADER_SIZE = len("NATS/1.0\r\nNats-Msg-Id: \r\n\r\n")
 WINDOW = 1000  # messages in flight
-UNIT = 4096  # bytes; a message takes one place of the window for each, so that large ones don't take more memory
+UNIT = 4096  # bytes; a large message takes several places of the window, which bounds the memory
+MAX_SUBJECT = 2048  # characters; the server ends the connection at a line of 4,096
 
 
 class Outcome(Enum):
-    """What has become of a message. Only STORED is true.
+    """The outcome of a publish. Only STORED is truthy.
 
     Example:
         outcome = await publish(nc, "orders.new", Message(b"order-1", id="order-1"))
@@ -49,8 +50,8 @@ class Message(NamedTuple):
 
     Attributes:
         payload: the bytes.
-        id: the same for every attempt, so that the server stores the message once within the stream's duplicate window
-            (https://docs.nats.io/using-nats/developer/develop_jetstream/model_deep_dive#message-deduplication).
+        id: the same for every attempt, so that the server stores the message once within the stream's duplicate window;
+            not empty, and without spaces around it or line ends in it (https://docs.nats.io/using-nats/developer/develop_jetstream/model_deep_dive#message-deduplication).
         label: what the log calls it; the id, by default.
 
     Example:
@@ -64,8 +65,16 @@ class Message(NamedTuple):
     def __str__(self) -> str:
         return printable(self.label or self.id)
 
+    def check(self) -> None:
+        """Raise ValueError or TypeError for what nats-py would change or refuse."""
+        if not isinstance(self.payload, bytes) or not isinstance(self.id, str):
+            raise TypeError("a message needs bytes for its payload, and a str for its id")
+        self.id.encode()
+        if not self.id or self.id != self.id.strip() or "\n" in self.id or "\r" in self.id:
+            raise ValueError(f"a message's id can't be empty, or have spaces around it or line ends: {self.id!r}")
+
     def fits(self, nc: Client) -> bool:
-        """Return whether the server takes it; nats-py doesn't count the header, and the server then hangs up."""
+        """Return whether the server takes it; nats-py doesn't count the header, and the server then disconnects."""
         return HEADER_SIZE + len(self.id.encode()) + len(self.payload) <= nc.max_payload
 
 
@@ -77,37 +86,51 @@ async def publish(nc: Client, subject: str, message: Message, *, timeout: float 
 
     Args:
         nc: the connection, from `connect`.
-        subject: where to.
-        message: what.
+        subject: the subject to publish to.
+        message: the message.
         timeout: seconds for all attempts together.
 
     Returns:
         The outcome; no error of the server or the connection is raised.
 
+    Raises:
+        TypeError, ValueError: the subject or the message is malformed.
+
     Example:
         if not await publish(nc, "orders.new", Message(b"order-1", id="order-1"), timeout=2):
             print("not stored, or stored before")
     """
-    return await _publish(nc, subject, message, timeout, is_sent=False)
+    _check_subject(subject)
+    message.check()
+    return await _publish_until_confirmed(nc, subject, message, timeout, may_be_stored=False)
 
 
-async def _publish(nc: Client, subject: str, message: Message, time: float, *, is_sent: bool) -> Outcome:
+async def _publish_until_confirmed(
+    nc: Client,
+    subject: str,
+    message: Message,
+    timeout: float,  # noqa: ASYNC109  of all attempts
+    *,
+    may_be_stored: bool,
+) -> Outcome:
     now = asyncio.get_running_loop().time
-    deadline = now() + time
+    deadline = now() + timeout
 
     async def attempt() -> Outcome:
-        nonlocal is_sent
+        nonlocal may_be_stored
         if not message.fits(nc):
             raise MaxPayloadError
+        if nc.is_closed:
+            raise ConnectionClosedError
         if not nc.is_connected:  # nats-py would send it later, perhaps when its id is forgotten
             raise ConnectionReconnectingError
-        is_retry, is_sent = is_sent, True
+        is_retry, may_be_stored = may_be_stored, True
         headers = {"Nats-Msg-Id": message.id}
         attempt_time = min(ACK_TIMEOUT, deadline - now())
         try:
             ack = await nc.jetstream().publish(subject, message.payload, timeout=attempt_time, headers=headers)
-        except (ValueError, TypeError):  # somebody else has answered
-            raise TimeoutError("no stream has answered") from None
+        except (ValueError, TypeError, KeyError):  # the answer is no JetStream ack
+            raise TimeoutError("the answer did not come from a stream") from None
         return Outcome.DUPLICATE if ack.duplicate and not is_retry else Outcome.STORED
 
     try:
@@ -124,21 +147,21 @@ async def _publish(nc: Client, subject: str, message: Message, time: float, *, i
 
 
 async def publish_many(nc: Client, subject: str, messages: AsyncIterator[Message]) -> Counter[Outcome]:
-    """Publish messages, many at a time, and return how many have had each outcome.
+    """Publish messages, many at a time, and return how many had each outcome.
 
-    Each is sent once, and handed to `publish` where that doesn't succeed. With WINDOW of them in flight the next one
-    is not asked for.
+    A message that is not confirmed is published again like `publish` does. At most WINDOW are in flight.
 
     Args:
         nc: the connection, from `connect`.
-        subject: where to.
-        messages: what.
+        subject: the subject to publish to.
+        messages: the messages.
 
     Returns:
         How many messages had each outcome.
 
     Raises:
-        Exception: `messages` has raised it; what came before is stored or failed.
+        Exception: `messages` has raised it, or a message is malformed; what came before is stored or failed.
+        nats.errors.Error: the connection is closed.
 
     Example:
         async def messages():
@@ -148,26 +171,32 @@ async def publish_many(nc: Client, subject: str, messages: AsyncIterator[Message
         outcomes = await publish_many(nc, "orders.new", messages())
         print(outcomes[Outcome.STORED], "stored")
     """
+    _check_subject(subject)
     failure = None
-    async with asyncio.TaskGroup() as tasks:
-        pipeline = _Pipeline(nc, subject, tasks)
-        subscription = await nc.subscribe(f"{pipeline.inbox}.*", cb=pipeline.receive)
-        watching = tasks.create_task(pipeline.retry_late())
-        try:
-            async for message in messages:
-                await pipeline.send(message)
-        except Exception as error:
-            failure = error
-        await pipeline.wait_for_room(WINDOW)
-        watching.cancel()
-        await subscription.unsubscribe()
+    tasks = asyncio.TaskGroup()
+    pipeline = _Pipeline(nc, subject, tasks)
+    subscription = await nc.subscribe(f"{pipeline.inbox}.*", cb=pipeline.receive)
+    try:
+        async with tasks:
+            watching = tasks.create_task(pipeline.retry_late())
+            try:
+                async for message in messages:
+                    message.check()
+                    await pipeline.send(message)
+            except Exception as error:
+                failure = error
+            await pipeline.wait_for_room(WINDOW)
+            watching.cancel()
+    finally:
+        with suppress(Error):
+            await subscription.unsubscribe()
     if failure:
         raise failure
     return pipeline.outcomes
 
 
 class _Pipeline:
-    """The messages in flight, whose answers come to one inbox, each with its message's number."""
+    """The messages in flight. The last token of an answer's subject is its message's number."""
 
     def __init__(self, nc: Client, subject: str, tasks: asyncio.TaskGroup) -> None:
         self.inbox = nc.new_inbox()
@@ -175,7 +204,7 @@ class _Pipeline:
         self._nc = nc
         self._subject = subject
         self._tasks = tasks
-        self._sent: dict[int, tuple[Message, float]] = {}  # by number, with when it is late; the earliest first
+        self._sent: dict[int, tuple[Message, float]] = {}  # by number, and when its answer is late; the earliest first
         self._count = 0
         self._now = asyncio.get_running_loop().time
         self._room = WINDOW
@@ -194,10 +223,10 @@ class _Pipeline:
         if self._nc.is_connected and message.fits(self._nc) and not self._is_refused():
             self._sent[self._count] = message, self._now() + ACK_TIMEOUT
             reply = f"{self.inbox}.{self._count}"
-            with suppress(Error):  # late, then
+            with suppress(Error):  # retry_late publishes it again
                 await self._nc.publish(self._subject, message.payload, reply, {"Nats-Msg-Id": message.id})
         else:
-            self._tasks.create_task(self._publish(message, is_sent=False))
+            self._retry(message, may_be_stored=False)
         await self.wait_for_room(1)
 
     async def receive(self, answer: Msg) -> None:
@@ -211,33 +240,45 @@ class _Pipeline:
         except ValueError:  # 503: no stream takes the subject, or its leader is away
             ack = None
         if not isinstance(ack, dict) or "seq" not in ack or "error" in ack:
-            self._tasks.create_task(self._publish(message, is_sent=True))
+            self._retry(message, may_be_stored=True)
             return
         outcome = Outcome.DUPLICATE if ack.get("duplicate") else Outcome.STORED
         _log_stored(message, outcome)
         self._finish(message, outcome)
 
     async def retry_late(self) -> None:
-        """Publish again what has had no answer in time, for ever."""
+        """Publish again the messages whose answers are late, until cancelled."""
         while True:
             await asyncio.sleep(LATE_CHECK_INTERVAL)
             for number, (message, late_at) in list(self._sent.items()):
                 if late_at > self._now() and not self._is_refused():
                     break
                 del self._sent[number]
-                self._tasks.create_task(self._publish(message, is_sent=True))
+                self._retry(message, may_be_stored=True)
 
     def _is_refused(self) -> bool:
-        return self._subject.lower() in self._nc.refused
+        return self._subject.lower() in self._nc.refused_subjects
 
-    async def _publish(self, message: Message, *, is_sent: bool) -> None:
-        outcome = await _publish(self._nc, self._subject, message, PUBLISH_TIMEOUT, is_sent=is_sent)
-        self._finish(message, outcome)
+    def _retry(self, message: Message, *, may_be_stored: bool) -> None:
+        async def retry() -> None:
+            self._finish(
+                message,
+                await _publish_until_confirmed(
+                    self._nc, self._subject, message, PUBLISH_TIMEOUT, may_be_stored=may_be_stored
+                ),
+            )
+
+        self._tasks.create_task(retry())
 
     def _finish(self, message: Message, outcome: Outcome) -> None:
         self.outcomes[outcome] += 1
         self._room += _units(message)
         self._has_room.set()
+
+
+def _check_subject(subject: str) -> None:
+    if len(subject) > MAX_SUBJECT:
+        raise ValueError(f"a subject can't have more than {MAX_SUBJECT} characters")
 
 
 def _log_stored(message: Message, outcome: Outcome) -> None:

@@ -1,10 +1,13 @@
 """What programs import from jobqueue: each name's own example, and what happens without permissions or a server."""
 
 import asyncio
+import gc
 import inspect
+import itertools
 import re
 import signal
 import textwrap
+import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -112,6 +115,109 @@ async def test_a_refusal_that_no_request_waits_for_is_logged_once_a_connection(
     assert caplog.messages.count(*refused) == 2
 
 
+async def test_an_inbox_that_is_refused_for_a_while_fails_requests_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server ends the subscription, and not the connection."""
+    config = "authorization {{ users: [ {{ user: shop, password: s, permissions: {{ subscribe: [{}] }} }} ] }}"
+    async with serving(tmp_path, config.format('"_INBOX.>"')) as server:
+        monkeypatch.setenv("NATS_URL", f"nats://shop:s@127.0.0.1:{server.port}")
+        await server.create_streams(NATS_URL=f"nats://shop:s@127.0.0.1:{server.port}")
+        async with connect("shop") as nc:
+
+            async def is_refused() -> bool:
+                try:
+                    await nc.request("$JS.API.INFO", timeout=60)
+                except Error as error:
+                    return 'permissions violation for subscription to "_inbox.' in str(error)
+                return False
+
+            async def is_published() -> bool:
+                return bool(await publish(nc, "orders.new", Message(b"order", uuid.uuid4().hex)))
+
+            server.configure(config.format('"elsewhere"'))
+            await until(is_refused)
+            server.configure(config.format('"_INBOX.>"'))
+            await until(is_published)
+
+
+async def test_a_cancelled_publish_many_leaves_nothing_behind(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def endless() -> AsyncIterator[Message]:
+        for number in itertools.count():
+            yield Message(b"order", f"order-{number}")
+
+    monkeypatch.setenv("NATS_URL", server.url)
+    async with connect("shop") as nc:
+        before = len(nc._subs), len(asyncio.all_tasks())
+        for _ in range(10):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.02):
+                    await publish_many(nc, "orders.new", endless())
+        assert len(nc._subs) == before[0]
+        await until(lambda: _is(len(asyncio.all_tasks()) == before[1]))
+
+
+async def _is(condition: bool) -> bool:
+    return condition
+
+
+async def test_a_cancelled_request_leaves_no_exception_behind(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is cancelled about when its answer comes."""
+    unretrieved: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unretrieved.append(context["message"]))
+    monkeypatch.setenv("NATS_URL", server.url)
+    async with connect("shop") as nc:
+        for number in range(400):
+            request = asyncio.create_task(nc.request("nobody", timeout=5))
+            await asyncio.sleep(number % 40 * 30e-6)
+            request.cancel()
+            await asyncio.wait((request,))
+            del request
+    gc.collect()
+    assert not unretrieved
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        (Message("text", "1"), TypeError),  # type: ignore[arg-type]
+        (Message(b"order", uuid.uuid4()), TypeError),  # type: ignore[arg-type]
+        *((Message(b"order", malformed), ValueError) for malformed in ("", " ", " a", "a ", "a\nb", "\ud800")),
+    ],
+)
+async def test_a_malformed_message_raises_at_once(
+    server: Server, monkeypatch: pytest.MonkeyPatch, message: Message, error: type[Exception]
+) -> None:
+    async def made() -> AsyncIterator[Message]:
+        yield Message(b"order", "1")
+        yield message
+
+    monkeypatch.setenv("NATS_URL", server.url)
+    async with connect("shop") as nc, asyncio.timeout(20):
+        with pytest.raises(error):
+            await publish(nc, "orders.new", message)
+        with pytest.raises(error):
+            await publish_many(nc, "orders.new", made())
+        with pytest.raises(ValueError, match="characters"):
+            await publish(nc, "orders." + "x" * 5000, Message(b"order", "2"))
+        assert await publish(nc, "orders.new", Message(b"order", "1")) is Outcome.DUPLICATE
+
+
+async def test_publishing_after_the_end_of_the_connection_fails_at_once(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def made() -> AsyncIterator[Message]:
+        yield Message(b"order", "1")
+
+    monkeypatch.setenv("NATS_URL", server.url)
+    async with connect("shop") as nc:
+        pass
+    async with asyncio.timeout(20):
+        assert await publish(nc, "orders.new", Message(b"order", "1")) is Outcome.FAILED
+        with pytest.raises(Error):
+            await publish_many(nc, "orders.new", made())
+
+
 async def test_publish_takes_no_longer_than_its_timeout(
     server: Server, nc: NatsClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,8 +228,10 @@ async def test_publish_takes_no_longer_than_its_timeout(
             assert await publish(client, "orders.new", Message(b"order", "1"), timeout=1) is Outcome.FAILED
         assert server.process
         server.process.send_signal(signal.SIGSTOP)
+        large = [Message(b"x" * 500_000, f"{number}") for number in range(10)]  # more than the client buffers
         async with asyncio.timeout(4):  # seconds; an attempt may take 5
-            assert await publish(client, "orders.new", Message(b"order", "1"), timeout=0.5) is Outcome.FAILED
+            outcomes = await asyncio.gather(*(publish(client, "orders.new", message, timeout=0.5) for message in large))
+            assert outcomes == [Outcome.FAILED] * 10
         server.process.send_signal(signal.SIGCONT)
 
 
@@ -134,11 +242,11 @@ async def test_what_the_server_says_before_it_hangs_up_is_shown(tmp_path: Path) 
     assert script.messages == [f"cannot connect to {server.url}: maximum connections exceeded"]
 
 
-async def test_ids_from_outside_stay_one_harmless_line(
+async def test_labels_from_outside_stay_one_harmless_line(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("NATS_URL", server.url)
     caplog.set_level("INFO")
     async with connect("shop") as nc:
-        assert await publish(nc, "orders.new", Message(b"order", "1\n2026/11/26 00:00:00 \x1b[31mforged"))
+        assert await publish(nc, "orders.new", Message(b"order", "1", "1\n2026/11/26 00:00:00 \x1b[31mforged"))
     assert re.fullmatch(r"published 1\\n2026/11/26 00:00:00 \\x1b\[31mforged", caplog.messages[-1])
