@@ -88,7 +88,7 @@ async def handle(
     wait_out = partial(
         retry,
         what=f"dead letter # {dead_letter.sequence} in {stream}",
-        give_up=lambda error: shutdown.is_set() or getattr(error, "err_code", None) == STREAM_FULL,
+        should_raise=lambda error: shutdown.is_set() or getattr(error, "err_code", None) == STREAM_FULL,
     )
     try:
         found = await wait_out(partial(begin_reprocessing, nc, durables, dead_letter, advisory))

@@ -196,6 +196,8 @@ async def handle_all(nc: Client) -> None:
 async def run() -> int:
     """Carry out the command, and return the exit status: 1 if it isn't carried out for all."""
     stream, dlq_stream = options.original_stream, options.dlq_stream
+    if sys.stdout is None:
+        raise Failure("standard output is closed, where the dead letters would be printed")
     async with connect_script(f"manage_{stream}") as nc:
         await require_streams(nc, dlq_stream, stream)
         try:

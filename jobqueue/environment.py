@@ -17,7 +17,7 @@ MAX_CREDENTIALS = 64 * 1024  # characters of a credentials file
 
 
 class Credentials(RawCredentials):
-    """A .creds file in the form that nats-py reads, which hangs on a file without a JWT.
+    """A .creds file, checked first: nats-py hangs on one without a JWT.
 
     Raises:
         Failure: it is no such file.
@@ -28,7 +28,7 @@ class Credentials(RawCredentials):
         self.read()
 
     def read(self) -> None:
-        """Read the file anew."""
+        """Read the file again."""
         file = printable(str(self._file))
         try:
             with self._file.open(encoding="ascii") as opened:
@@ -53,10 +53,10 @@ class Credentials(RawCredentials):
 
 
 def read_environment() -> tuple[list[str], dict[str, Any]]:
-    """Return the servers, as URLs without secrets, and nats-py's options that say who we are.
+    """Return the servers, as URLs without secrets, and nats-py's options that authenticate us.
 
     Raises:
-        Failure: a variable is wrong, and none of its secrets is in the line.
+        Failure: a variable is malformed; the line shows no secret.
     """
     credentials = os.environ.get("NATS_CREDENTIALS_FILE_PATH")
     urls = os.environ.get("NATS_URL") or (SYNADIA_CLOUD if credentials else LOCAL)
@@ -77,10 +77,14 @@ def read_environment() -> tuple[list[str], dict[str, Any]]:
         servers.append(server)
         # Not left in the URL: nats-py takes it literally, where natscli decodes it, and would not use it
         # for the other servers of a cluster.
+        user: dict[str, Any] = {}
         if parts.password is not None:
-            options = {"user": unquote(parts.username or ""), "password": unquote(parts.password)}
+            user = {"user": unquote(parts.username or ""), "password": unquote(parts.password)}
         elif parts.username:
-            options = {"token": unquote(parts.username)}
+            user = {"token": unquote(parts.username)}
+        if user and options not in ({}, user):
+            raise Failure("NATS_URL has two users in it: one is for all servers")
+        options = user or options
     if not servers:
         raise Failure("NATS_URL has no URL in it")
     if credentials:

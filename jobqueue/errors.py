@@ -21,7 +21,7 @@ UNKNOWN_AUTHORITY = (18, 19, 20, 21)  # https://docs.openssl.org/3.0/man3/X509_S
 
 
 class Failure(Exception):  # noqa: N818  users read its text, not its name
-    """What ends a script with exit status 1. Its text is the one line that the user reads.
+    """An error to show as one line; a script then exits with status 1.
 
     Example:
         try:

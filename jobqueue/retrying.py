@@ -11,7 +11,7 @@ from jobqueue.errors import TRANSIENT_ERRORS, describe_error
 
 log = logging.getLogger(__name__)
 
-START_TIMEOUT = 30.0  # seconds to wait out transient errors before a script can begin
+START_TIMEOUT = 30.0  # seconds to retry transient errors at a script's start
 MIN_RETRY_DELAY = 0.1  # seconds; doubled after each attempt
 MAX_RETRY_DELAY = 0.5  # seconds
 
@@ -20,20 +20,20 @@ DURABLE_REFUSED = 10012  # JetStream's error code; as a 500 it looks transient
 T = TypeVar("T")
 
 
-async def retry(call: Callable[[], Awaitable[T]], what: str, give_up: Callable[[Exception], bool]) -> T:
+async def retry(call: Callable[[], Awaitable[T]], what: str, should_raise: Callable[[Exception], bool]) -> T:
     """Return what `call()` returns; call it again after each transient error, and after a "not found".
 
     Args:
         call: makes the request.
         what: what it is for; the log line at the first error begins with it.
-        give_up: says of an error whether to raise it instead.
+        should_raise: says of an error whether to raise it instead.
     """
     delay = MIN_RETRY_DELAY
     while True:
         try:
             return await call()
         except (*TRANSIENT_ERRORS, NotFoundError) as error:  # a deleted stream may be created again
-            if give_up(error):
+            if should_raise(error):
                 raise
             if delay == MIN_RETRY_DELAY:
                 log.warning("%s: %s; trying again", what, describe_error(error))
@@ -41,7 +41,9 @@ async def retry(call: Callable[[], Awaitable[T]], what: str, give_up: Callable[[
         delay = min(2 * delay, MAX_RETRY_DELAY)
 
 
-async def retry_at_start(call: Callable[[], Awaitable[T]], what: str, give_up: Callable[[], bool] = lambda: False) -> T:
+async def retry_at_start(
+    call: Callable[[], Awaitable[T]], what: str, should_raise: Callable[[], bool] = lambda: False
+) -> T:
     """Return what `call()` returns, as `retry` does, but for START_TIMEOUT at most, and not after a "not found"."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + START_TIMEOUT
@@ -49,4 +51,4 @@ async def retry_at_start(call: Callable[[], Awaitable[T]], what: str, give_up: C
     def is_permanent(error: Exception) -> bool:
         return isinstance(error, NotFoundError) or getattr(error, "err_code", None) == DURABLE_REFUSED
 
-    return await retry(call, what, lambda error: is_permanent(error) or loop.time() > deadline or give_up())
+    return await retry(call, what, lambda error: is_permanent(error) or loop.time() > deadline or should_raise())

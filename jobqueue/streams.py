@@ -22,6 +22,7 @@ API_TIMEOUT = 1.0  # seconds
 REQUEST_TIMEOUT = 5.0  # seconds for what a single attempt must not lose: a publish, an ack
 VERSION_1_TOKENS = 9  # of an ack subject; version 2 has a domain and an account's hash before the stream
 CONSUMER_NOT_FOUND, CONSUMER_EXISTS, MAX_ACK_PENDING_TOO_HIGH = 10014, 10148, 10121  # JetStream's error codes
+UNUSABLE_FIELDS = ("deliver_subject", "priority_groups", "headers_only")  # of a durable
 DURABLE_VALID_FOR = 0.5  # seconds
 DEFAULT_MAX_ACK_PENDING = 1000  # the server's
 
@@ -87,7 +88,8 @@ async def ensure_durable(nc: Client, stream: str, config: ConsumerConfig, *, upd
             So does `max_ack_pending`, unless it is the server's default.
 
     Raises:
-        Failure: the durable has another filter, which is not changed: the server would skip what doesn't match.
+        Failure: the durable can't be used, or has another filter, which is not changed: the server would skip what
+            doesn't match.
         nats.errors.Error: the server refuses, or doesn't answer.
     """
     durable, own = config.durable_name, {field: value for field, value in config.as_dict().items() if value}
@@ -104,6 +106,11 @@ async def ensure_durable(nc: Client, stream: str, config: ConsumerConfig, *, upd
     current = info["config"]
     if not update:
         return info
+    for field in UNUSABLE_FIELDS:
+        if current.get(field):
+            raise Failure(
+                f"the durable {durable} on {stream} has {field}, and can't be used: delete it by `nats consumer rm -f`"
+            )
     if current.get("max_ack_pending") != DEFAULT_MAX_ACK_PENDING:
         _keep_max_ack_pending(stream, current, own)
     if current | own == current:

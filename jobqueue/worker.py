@@ -111,11 +111,7 @@ class Worker:
             info = await retry_at_start(set_up, durable, self._shutdown.is_set)
         except (Error, TimeoutError) as error:
             raise Failure(f"cannot create {durable}: {describe_error(error)}") from None
-        config = info["config"]
-        for field in ("deliver_subject", "priority_groups", "headers_only"):
-            if config.get(field):
-                raise Failure(f"{durable} has {field}, and can't be used: delete it by `nats consumer rm -f`")
-        return shortest_ack_wait(config)
+        return shortest_ack_wait(info["config"])
 
     async def _finish(self) -> None:
         """Wait until no more can come, all is processed, and the acks are confirmed."""

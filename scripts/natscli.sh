@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# For the scripts that create a stream: natscli, going where the Python scripts go, as who they are.
+# For the scripts that create a stream: natscli, with the Python scripts' server and user.
 
 # shellcheck source=scripts/help.sh
 . "$(dirname "${BASH_SOURCE[0]}")/help.sh"
@@ -12,36 +12,44 @@ fail() {
     exit "${2:-1}"
 }
 
-# share_user URLS: prints them, each that has no user with the user of the last one that has, as the Python scripts do.
+malformed="NATS_URL must be URLs such as nats://localhost:4222, with commas between them"
+
+# share_user URLS: puts the URLs into `url`, each with the user that one of them has, as the Python scripts do.
 share_user() {
-    local url user="" shared=""
+    local one shared="" user=""
     local IFS=,
-    for url in $1; do
-        [ "${url%@*}" = "$url" ] || user=${url%@*}@
-    done
-    user=${user##*://}
-    for url in $1; do
-        case $url in
-            *@*) ;;
-            *://*) url=${url%%://*}://$user${url#*://} ;;
-            *) url=$user$url ;;
+    for one in ${1// /}; do
+        case $one in
+            *://*@*) one=${one##*://} ;;
+            # A password with a comma in it would be taken apart here, and shown.
+            *@*) [ "$one" = "${1%%,*}" ] || fail "$malformed" ;;
+            *) continue ;;
         esac
-        shared=$shared,$url
+        [ -z "$user" ] || [ "$user" = "${one%@*}@" ] || fail "NATS_URL has two users in it: one is for all servers"
+        user=${one%@*}@
     done
-    echo "${shared#,}"
+    for one in ${1// /}; do
+        case $one in
+            *@*) ;;
+            *://*) one=${one%%://*}://$user${one#*://} ;;
+            *) one=$user$one ;;
+        esac
+        shared=$shared,$one
+    done
+    url=${shared#,}
 }
 
 command -v nats >/dev/null ||
     fail "natscli (the command nats) is missing: run scripts/setup.sh, or see https://github.com/nats-io/natscli"
 
-# The same two variables as in jobqueue/connection.py; the others that natscli knows are for its other uses.
+# The same two variables as in jobqueue/environment.py; the others that natscli knows are for its other uses.
 credentials=${NATS_CREDENTIALS_FILE_PATH:-}
 if [ -n "$credentials" ]; then
     url=${NATS_URL:-tls://connect.ngs.global}
 else
     url=${NATS_URL:-nats://localhost:4222}
 fi
-url=$(share_user "$url")
+share_user "$url"
 # shellcheck disable=SC2046 # no variable has a space in its name
 unset -v $(compgen -v NATS_)
 export NATS_URL=$url
@@ -59,10 +67,10 @@ natscli() {
     output=${output#could not create Stream: }
     output=${output#nats: }
     case $output in
-        "context deadline exceeded") output="no answer in time; may this user create streams?" ;;
+        "context deadline exceeded") output="timed out; may this user create streams?" ;;
         "Authorization Violation") output="$output (are the credentials wrong, expired or revoked?)" ;;
         *'parse "'*) # it has the URL in it, and in that perhaps a password
-            output="NATS_URL must be URLs such as nats://localhost:4222, with commas between them" ;;
+            output=$malformed ;;
     esac
     return 1
 }
@@ -76,7 +84,7 @@ check_name() {
     esac
 }
 
-# create_stream NAME FLAG...: creates a stream, or sees to it that it is there with just these flags.
+# create_stream NAME FLAG...: creates a stream, or verifies that it exists with exactly these flags.
 create_stream() {
     local name=$1 wanted
     shift
@@ -93,7 +101,7 @@ create_stream() {
         *"(10058)"*) ;; # the name is in use with a different configuration
         *) fail "$name was not created: $output" ;;
     esac
-    local unchanged="$name is there with another configuration, and was not changed"
+    local unchanged="$name exists with another configuration, and was not changed"
     natscli stream add "$name" --defaults --output=/dev/stdout "$@" || fail "$unchanged: $output"
     wanted=$output
     natscli stream info "$name" --json || fail "$unchanged: $output"

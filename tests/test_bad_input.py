@@ -177,6 +177,10 @@ async def test_orders_that_the_stream_refuses(
         ("nats://me:12#secret@127.0.0.1:1", URLS),
         ("nats://me:12?secret@127.0.0.1:1", URLS),
         ("nats://me:12,secret@127.0.0.1:1", URLS),
+        (
+            "nats://me:1@127.0.0.1:1,nats://you:secret@127.0.0.1:1",
+            "NATS_URL has two users in it: one is for all servers",
+        ),
     ],
 )
 async def test_no_server(command: tuple[str, ...], url: str, line: str) -> None:

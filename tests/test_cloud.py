@@ -223,7 +223,7 @@ async def test_a_user_who_may_not_look_at_streams(cloud: Cloud) -> None:
     script = await cloud.run(STREAM_SCRIPTS[0], "orders_stream", "orders.x.*", **user)
     assert script.process.returncode == 1
     assert script.lines == [
-        "orders_stream is there with another configuration, and was not changed:"
+        "orders_stream exists with another configuration, and was not changed:"
         " could not request Stream info: context deadline exceeded"
     ]
 
@@ -233,7 +233,7 @@ async def test_a_user_who_may_not_create_streams(cloud: Cloud) -> None:
     script = await cloud.run(STREAM_SCRIPTS[0], **user)
     assert (script.process.returncode, script.lines) == (
         1,
-        ["orders_stream was not created: no answer in time; may this user create streams?"],
+        ["orders_stream was not created: timed out; may this user create streams?"],
     )
 
 

@@ -120,3 +120,4 @@ async def test_a_durable_that_takes_no_pull_requests_of_ours_is_refused(
     assert consumer.process.returncode == 1
     assert len(consumer.lines) == 1
     assert consumer.found("cannot create the durable processor .*|the durable processor on orders_stream has .*")
+    assert (await durable_info(nc, "orders_stream", "processor"))["config"] == answer["config"]

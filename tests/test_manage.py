@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import random
+import shlex
 import signal
 import sys
 from collections import Counter
@@ -341,3 +342,14 @@ async def test_a_list_that_nobody_reads_to_its_end(server: Server, nc: Client) -
 async def test_wrong_usage(server: Server) -> None:
     for command in (("retry",), ("retry", "1", "--all"), ("discard", "0"), ("remove",), ()):
         assert "error: " in (await manage(server, *command, status=2)).lines[-1]
+
+
+async def test_nothing_is_discarded_that_cannot_be_printed(server: Server, nc: Client) -> None:
+    await dead_letters(nc, b"order-0")
+    script = f"{shlex.join([sys.executable, *MANAGE, 'discard', '--all', '--yes'])} >&-"
+    discarded = await server.run("bash", "-c", script)
+    assert (discarded.process.returncode, discarded.messages) == (
+        1,
+        ["standard output is closed, where the dead letters would be printed"],
+    )
+    assert await messages(nc, "orders_stream") == 1

@@ -117,7 +117,7 @@ async def test_a_stream_with_another_configuration_is_left_as_it_is(bare_server:
     script = await bare_server.run("scripts/create_orders_stream.sh")
     assert script.process.returncode == 1
     assert script.lines == [
-        "orders_stream is there with another configuration, and was not changed: max_bytes is 1024 instead of"
+        "orders_stream exists with another configuration, and was not changed: max_bytes is 1024 instead of"
         " 268435456; max_msg_size is -1 instead of 1048576; discard is"
         ' "old" instead of "new"; deny_delete is false instead of true; allow_direct is false instead of true'
     ]
@@ -195,6 +195,11 @@ async def test_a_stream_script_without_natscli_says_how_to_get_it(
     [
         ("nats://me:secret@127.0.0.1:1", "no servers available for connection"),
         ("nats://me:secret@127.0.0.1:port", "NATS_URL must be URLs such as nats://localhost:4222, with commas"),
+        ("nats://me:12@secret,x@127.0.0.1:1", "NATS_URL must be URLs such as nats://localhost:4222, with commas"),
+        (
+            "nats://me:1@127.0.0.1:1,nats://you:secret@127.0.0.1:1",
+            "NATS_URL has two users in it: one is for all servers",
+        ),
     ],
 )
 async def test_a_stream_script_tells_no_password(bare_server: Server, url: str, line: str) -> None:
