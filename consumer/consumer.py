@@ -55,7 +55,9 @@ def parse_args() -> None:
     parser.add_argument(
         "--failure-rate", type=number(0, 1), default=0.5, help="fraction that fails, 0 to 1 (default: %(default)s)"
     )
-    parser.add_argument("--work-time", type=number(0), default=0.01, help="seconds of work (default: %(default)s)")
+    parser.add_argument(
+        "--work-time", type=number(0), default=0.01, help="seconds of simulated work (default: %(default)s)"
+    )
     parser.add_argument(
         "--time-limit", type=number(0.1), default=600, help="seconds for the work on one order (default: %(default)s)"
     )
@@ -109,7 +111,7 @@ async def run() -> int:
         filter_subject=options.subject_filter,
         ack_policy=AckPolicy.EXPLICIT,
     )
-    # As many threads as orders for work in asyncio.to_thread(), and a few for what hangs and for name look-ups.
+    # As many threads as orders for work in asyncio.to_thread(), and a few for threads that hang and for name look-ups.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(options.concurrency + 4))
     time_limit = TimeLimit(options.time_limit)
     async with connect_script(f"consumer_{options.stream}") as nc:

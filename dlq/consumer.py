@@ -41,7 +41,7 @@ log = logging.getLogger("dlq")
 
 DURABLE = "unprocessed_order_handler"
 BACKOFF = [5.0]  # seconds until an advisory that was not acked is redelivered
-MAX_DELIVER = 2  # at least: a further attempt uses one for its delay
+MAX_DELIVER = 2  # or more: a later attempt needs one delivery for its delay
 MAX_ACK_PENDING = 100_000  # advisories in flight or waiting for a retry; while there are more, no new ones come
 
 options = argparse.Namespace()
@@ -127,7 +127,7 @@ async def attempt(
 
 
 async def check_streams(nc: Client) -> None:
-    """Check that the streams exist, and that the one is for the other's advisories: all else would be deleted."""
+    """Check that the streams exist, and that one is for the other's advisories: other messages would be deleted."""
     await require_streams(nc, options.dlq_stream, options.original_stream)
 
 
@@ -142,7 +142,7 @@ async def run() -> int:
         max_ack_pending=MAX_ACK_PENDING,
         ack_policy=AckPolicy.EXPLICIT,
     )
-    # As many threads as orders for work in asyncio.to_thread(), and a few for what hangs and for name look-ups.
+    # As many threads as orders for work in asyncio.to_thread(), and a few for threads that hang and for name look-ups.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(options.concurrency + 4))
     time_limit = TimeLimit(options.time_limit)
     async with connect_script(f"dlq_{options.original_stream}") as nc:

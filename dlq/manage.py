@@ -93,7 +93,7 @@ async def discard(nc: Client, item: Item, order: StoredMessage, claims: Claims) 
     """Print a dead letter with all that is known of it, then remove it.
 
     Raises:
-        nats.errors.Error: the server didn't answer; the dead letter may still be there.
+        nats.errors.Error: the request timed out; the dead letter may still be there.
     """
     try:
         print(json.dumps(as_json(item, order)), flush=True)

@@ -62,7 +62,7 @@ async def read_advisories(nc: Client, dlq_stream: str, stream: str, after: int =
         after: read only advisories with a higher stream sequence than this one.
 
     Raises:
-        nats.errors.Error: the server doesn't answer.
+        nats.errors.Error: the request timed out.
     """
 
     def keep(advisory: StoredMessage) -> tuple[int, DeadLetter | None]:

@@ -17,7 +17,7 @@ environment:
 
 exit status:
   0  %s
-  1  any other error; a line says which
+  1  anything else; standard error says why
   2  wrong usage
 """
 FILTER = re.compile(r"((\*|[^*>.]+)\.)*(\*|>|[^*>.]+)")
@@ -100,4 +100,4 @@ def _range(low: float, high: float) -> str:
 
 
 def _refuse(value: str, what: str) -> NoReturn:
-    raise argparse.ArgumentTypeError(f"'{printable(value)}' is no {what}")
+    raise argparse.ArgumentTypeError(f"'{printable(value)}' is not a {what}")

@@ -22,7 +22,7 @@ MAX_ACK_PENDING = 100_000
 POLL_INTERVAL = 0.05  # seconds
 MAX_BATCH = 256  # advisories that are asked for at a time
 HEARTBEAT_LATENESS = 0.5  # seconds until a heartbeat has arrived
-CLAIM_DURATION = 30.0  # seconds; then a DLQ processor takes care of what we have not finished
+CLAIM_DURATION = 30.0  # seconds; then a DLQ processor reprocesses what is not finished
 
 
 class Claims:
@@ -55,7 +55,7 @@ class Claims:
         """Begin to listen, wait until all that is in flight has been heard, and return what the advisories name.
 
         Raises:
-            nats.errors.Error: the server doesn't answer.
+            nats.errors.Error: the request timed out.
         """
         # Without the durable nothing could be removed. A DLQ processor gives it the rest of its configuration.
         durable = ConsumerConfig(
@@ -85,7 +85,7 @@ class Claims:
             headers: for the new advisories.
 
         Raises:
-            nats.errors.Error: the server doesn't answer, or the connection was lost, and heartbeats with it.
+            nats.errors.Error: the request timed out, or the connection was lost, and heartbeats with it.
         """
         new = await self._read_new()  # attempts that were scheduled since
         wanted = [
@@ -117,7 +117,7 @@ class Claims:
         """Leave a dead letter that was claimed to the DLQ processors.
 
         Raises:
-            nats.errors.Error: the server doesn't answer.
+            nats.errors.Error: the request timed out.
         """
         await self._publish_advisory(item, {})
         await self.remove(item.advisories)
@@ -126,7 +126,7 @@ class Claims:
         """Remove advisories, by their stream sequences.
 
         Raises:
-            nats.errors.Error: the server doesn't answer.
+            nats.errors.Error: the request timed out.
         """
         if unwanted := list(advisories):
             await self._have_delivered(max(unwanted))

@@ -49,7 +49,7 @@ async def begin_reprocessing(
         advisory: the advisory, in flight.
 
     Raises:
-        nats.errors.Error: the server didn't answer.
+        nats.errors.Error: the request timed out.
     """
     await nc.publish(advisory.reply, Msg.Ack.Progress)
     await probe_ack(nc, dead_letter.ack_subject)  # fail now, and not after the work
@@ -84,18 +84,18 @@ def why_alive(dead_letter: DeadLetter, message: StoredMessage | None, durable: d
     if not message:
         return "is gone"
     if not durable:
-        return f"will be delivered again: the durable {name} is gone"
+        return f"will be redelivered: the durable {name} is gone"
     if not dead_letter.died_at:
         return ""
     if message.stored_at > dead_letter.died_at:
         return "is a later message: the stream was created again"
     if parse_time(durable["created"]) > dead_letter.died_at:
-        return f"will be delivered again: the durable {name} was created after it had died"
+        return f"will be redelivered: the durable {name} was created after it had died"
     if dead_letter.sequence > durable["delivered"]["stream_seq"]:
-        return f"will be delivered again: {name} has not delivered it yet"
+        return f"will be redelivered: {name} has not delivered it yet"
     limit = durable["config"]["max_deliver"]
     if limit > dead_letter.max_deliver or limit < 0 <= dead_letter.max_deliver:
-        return f"may be delivered again: {name} has another MaxDeliver, {limit}"
+        return f"may be redelivered: {name} has another MaxDeliver, {limit}"
     return ""
 
 
@@ -112,7 +112,7 @@ async def remove_message(nc: Client, dead_letter: DeadLetter, message: StoredMes
         Whether it was there.
 
     Raises:
-        nats.errors.Error: the server didn't answer, and the message may still be there.
+        nats.errors.Error: the request timed out, and the message may still be there.
     """
     # Another message may have its sequence, if the stream was deleted and created again meanwhile.
     is_same = message.is_fresh(nc) or message.stored_at == await find_stored_at(

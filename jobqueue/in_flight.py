@@ -17,7 +17,7 @@ NAK = Msg.Ack.Nak  # redelivered at once, or after a delay that may follow; afte
 LEAVE = b""  # no ack at all: redelivered after the back-off
 
 CONFIRM_TIMEOUT = 1.0  # seconds until an unconfirmed ack is sent again
-MAX_CONFIRM_TIME = 30.0  # seconds until an unconfirmed ack is given up
+MAX_CONFIRM_TIME = 30.0  # seconds until an unconfirmed ack is no longer sent again
 CHECK_VALID_FOR = 0.5  # seconds for which a delivery, or a check of the stream, proves that it wasn't replaced
 
 

@@ -18,7 +18,7 @@ async def find_without_advisory(nc: Client, dlq_stream: str, dlq_durable: str, s
     """Return the dead letters without an advisory, by stream sequence; if there are any, that takes a while.
 
     Raises:
-        nats.errors.Error: the server doesn't answer, or the stream is no work queue.
+        nats.errors.Error: the request timed out, or the stream is no work queue.
     """
     found = await Search(nc, dlq_stream, dlq_durable, stream).run()
     return {
@@ -44,7 +44,7 @@ async def verify_dead(
     """Yield each item with its message, and why it is no dead letter any more, or "".
 
     Raises:
-        nats.errors.Error: the server doesn't answer.
+        nats.errors.Error: the request timed out.
     """
     unchecked = list(items)
     while unchecked:

@@ -1,4 +1,4 @@
-"""Dead letters without an advisory, and advisories that are exhausted: processors died of them."""
+"""Dead letters without an advisory, and exhausted advisories, whose processor crashed at each delivery."""
 
 import asyncio
 import logging
@@ -92,7 +92,7 @@ class Search:
         """Look until it is certain which dead letters have no advisory; if there may be any, that takes all back-offs.
 
         Raises:
-            nats.errors.Error: the server doesn't answer, or the stream is no work queue.
+            nats.errors.Error: the request timed out, or the stream is no work queue.
         """
         found: list[Found] = []
         may_be_some, now = False, asyncio.get_running_loop().time
@@ -106,7 +106,7 @@ class Search:
                 log.info("looking for dead letters without an advisory")
                 deadline = now() + RUN_TIMEOUT + max(watch.patience for watch in self._watches.values())
             if now() > deadline:
-                log.warning("cannot tell whether there are more dead letters: no consumer asks for what may be waiting")
+                log.warning("cannot tell whether there are more dead letters: no consumer sends pull requests")
                 break
             await asyncio.sleep(SHORT_INTERVAL)
         return found
@@ -123,7 +123,7 @@ class Search:
             always: look even if the count says that there are none; under traffic it may be wrong.
 
         Raises:
-            nats.errors.Error: the server doesn't answer, or the stream is no work queue.
+            nats.errors.Error: the request timed out, or the stream is no work queue.
         """
         durables = await list_durables(self._nc, self._stream)
         info = await api_request(self._nc, f"STREAM.INFO.{self._stream}")

@@ -42,7 +42,7 @@ class Prefetch:
         self._round_trip += (seconds - self._round_trip) / 8 if self._round_trip else seconds
 
     def update(self, now: float) -> None:
-        """Work out the size anew from what was counted since the last time."""
+        """Recompute the size from what was counted since the last time."""
         self._throughput += (self._completed / (now - self._updated_at) - self._throughput) / 2
         self._completed, self._updated_at = 0, now
         self.size = max(1, int(self._throughput * min(2 * self._round_trip, MAX_QUEUE_TIME)))

@@ -49,7 +49,7 @@ async def get_message(nc: Client, stream: str, sequence: int, subject: str | Non
         subject: where given, the first message from that sequence on whose subject this matches is returned.
 
     Raises:
-        nats.errors.Error: the server doesn't answer, or there is no such stream.
+        nats.errors.Error: the request timed out, or there is no such stream.
     """
     now = time.monotonic(), nc.stats["reconnects"]
     request: dict[str, Any] = {"seq": sequence} | ({"next_by_subj": subject} if subject else {})
@@ -80,7 +80,7 @@ async def read_messages(
         keep: is called with each message; only what it returns stays in memory.
 
     Raises:
-        nats.errors.Error: the server doesn't answer.
+        nats.errors.Error: the request timed out.
     """
     kept: dict[int, T] = {}
     unread = list(ranges)[::-1]
@@ -130,7 +130,7 @@ async def find_stored_at(nc: Client, stream: str, sequence: int) -> int | None:
     nats-py takes for "no responders".
 
     Raises:
-        nats.errors.Error: the server doesn't answer.
+        nats.errors.Error: the request timed out.
     """
     request = json.dumps({"seq": sequence}).encode()
     try:

@@ -1,4 +1,4 @@
-"""Recovery after a reconnect, a new leader, a deleted durable or a missing answer."""
+"""Recovery after a reconnect, a new leader, a deleted durable or a request that timed out."""
 
 import asyncio
 import logging
@@ -43,7 +43,7 @@ class Recovery:
         self._reconnects = nc.stats["reconnects"]
         self._leader: str | None = None  # the durable's; None on a single server
         self._created: str | None = None  # when the stream was
-        self._complaint = ""
+        self._reported_reason = ""
 
     def may_pull(self) -> bool:
         """Return whether the server may be asked for messages."""
@@ -58,8 +58,8 @@ class Recovery:
 
     def recover(self, reason: str = "") -> None:
         """Begin the recovery from something that ends all pull requests; log the reason, if there is one."""
-        if reason and reason != self._complaint:
-            self._complaint = reason
+        if reason and reason != self._reported_reason:
+            self._reported_reason = reason
             log.warning("%s: %s; trying again", self._stream, reason)
         self._is_stable = False
         self._grace_ends = self._now() + FAILOVER_GRACE
@@ -74,9 +74,9 @@ class Recovery:
         self._needed.set()
 
     def note_served(self) -> None:
-        """Take it that all is well again, since the server has served a pull request."""
-        if self._complaint and self._is_stable:
-            self._complaint = ""
+        """Log once that the server serves pull requests again."""
+        if self._reported_reason and self._is_stable:
+            self._reported_reason = ""
             log.info("%s is back", self._stream)
 
     async def run(self) -> None:

@@ -50,7 +50,7 @@ async def restore_exhausted(nc: Client, dlq_stream: str, dlq_durable: str, seque
     """Publish an exhausted advisory again, since its processors have died, and remove the old one.
 
     Raises:
-        nats.errors.Error: the server didn't answer, or refuses.
+        nats.errors.Error: the request timed out or was refused.
     """
     advisory = await get_message(nc, dlq_stream, sequence)
     if advisory:

@@ -31,7 +31,7 @@ async def redrive(nc: Client, dead_letter: DeadLetter, message: StoredMessage) -
     within the duplicate window it is stored once.
 
     Raises:
-        nats.errors.Error: the server didn't answer, or refuses; the dead letter is still there.
+        nats.errors.Error: the request timed out or was refused; the dead letter is still there.
     """
     stream = dead_letter.stream
     headers = without_instructions(message.headers)

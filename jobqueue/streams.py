@@ -37,7 +37,7 @@ async def api_request(nc: Client, subject: str, payload: dict[str, Any] | None =
 
     Raises:
         nats.js.errors.APIError: the answer is an error; NotFoundError where something is missing.
-        nats.errors.Error: there was no answer.
+        nats.errors.Error: the request timed out.
     """
     answer = await nc.request(f"$JS.API.{subject}", json.dumps(payload).encode() if payload else b"", API_TIMEOUT)
     decoded: dict[str, Any] = json.loads(answer.data)
@@ -90,7 +90,7 @@ async def ensure_durable(nc: Client, stream: str, config: ConsumerConfig, *, upd
     Raises:
         Failure: the durable can't be used, or has another filter, which is not changed: the server would skip what
             doesn't match.
-        nats.errors.Error: the server refuses, or doesn't answer.
+        nats.errors.Error: the request timed out or was refused.
     """
     durable, own = config.durable_name, {field: value for field, value in config.as_dict().items() if value}
     subject = f"CONSUMER.CREATE.{stream}.{durable}" + (f".{config.filter_subject}" if config.filter_subject else "")
@@ -139,7 +139,7 @@ async def _configure(nc: Client, subject: str, request: dict[str, Any]) -> dict[
     except APIError as error:
         if error.err_code != MAX_ACK_PENDING_TOO_HIGH:
             raise
-        log.warning("%s; orders that wait for a retry may hold up others", describe_error(error))
+        log.warning("%s; orders that wait for a retry may block others", describe_error(error))
         del request["config"]["max_ack_pending"]
         return await api_request(nc, subject, request)
 
@@ -155,7 +155,7 @@ def subject_filters(config: dict[str, Any]) -> list[str]:
 
 
 class Durables:
-    """What the server says of a stream's durables. An answer serves for half a second."""
+    """What the server says of a stream's durables. Answers are cached for half a second."""
 
     def __init__(self, nc: Client, stream: str) -> None:
         self._nc = nc
@@ -167,7 +167,7 @@ class Durables:
         """Return what the server says of a durable; None if there is none.
 
         Raises:
-            nats.errors.Error: the server doesn't answer.
+            nats.errors.Error: the request timed out.
         """
         asked_at, answer = self._answers.get(durable, (0.0, {}))
         if not answer or self._now() > asked_at + DURABLE_VALID_FOR:
@@ -181,7 +181,7 @@ class Durables:
         return answer
 
     def forget(self, durable: str) -> None:
-        """Ask the server anew the next time."""
+        """Drop a durable's cached answer."""
         self._answers.pop(durable, None)
 
     async def has_max_deliver(self, durable: str, max_deliver: int) -> bool:

@@ -11,7 +11,7 @@ IGNORED_AFTER = 1.0  # seconds
 class TimeLimit:
     """Runs a user's work in the current task, and cancels what takes longer than some seconds.
 
-    Who owns the tasks calls `enforce` now and then: a timer and a task for each message would cost a fifth of the CPU.
+    The owner of the tasks calls `enforce` regularly: a timer and a task for each message would cost a fifth of the CPU.
     """
 
     def __init__(self, seconds: float) -> None:

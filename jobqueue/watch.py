@@ -24,7 +24,7 @@ class Watch:
       done or dead when it has had all of its deliveries.
 
     So a message of which neither an ack nor a heartbeat was heard until then is dead; and so is all that is left when
-    the server says that nothing is pending. Any doubt (a new leader, a new durable, a reconnect) begins this anew.
+    the server says that nothing is pending. Any doubt (a new leader, a new durable, a reconnect) restarts the watch.
 
     Args:
         nc: the connection.
@@ -63,7 +63,7 @@ class Watch:
             info: what the server has just said of the durable.
 
         Raises:
-            nats.errors.Error: the server doesn't answer.
+            nats.errors.Error: the request timed out.
         """
         fingerprint, delivered = self._take_fingerprint(info), info["delivered"]["stream_seq"]
         if self._fingerprint != fingerprint or delivered < self._delivered:

@@ -114,7 +114,7 @@ class Worker:
         return shortest_ack_wait(info["config"])
 
     async def _finish(self) -> None:
-        """Wait until no more can come, all is processed, and the acks are confirmed."""
+        """Wait until no delivery can come, all messages are processed, and the acks are confirmed."""
         while (self._pulls.may_deliver() and self._nc.is_connected) or self._registry.has_unfinished():
             await asyncio.sleep(TICK)
         deadline = asyncio.get_running_loop().time() + SHUTDOWN_CONFIRM_TIME
@@ -128,12 +128,12 @@ class Worker:
         return self._queue.qsize() + self._busy
 
     async def _pull(self) -> None:
-        """Ask for what is missing, once half of what may be requested has come."""
+        """Send a pull request for the rest once half of what may be requested has come."""
         if self._shutdown.is_set() or not self._recovery.may_pull():
             return
         room = self._concurrency + self._prefetch.size - self._unprocessed
         if not self._probed_forms:
-            room = min(room, 1)  # we may not be permitted to ack it
+            room = min(room, 1)  # this user may not be permitted to ack it
         missing = room - self._pulls.requested
         if missing >= max(1, room // 2):
             await self._pulls.send(missing)

@@ -37,7 +37,7 @@ options = argparse.Namespace()
 def parse_args() -> None:
     """Read the command line's arguments into `options`."""
     parser = make_parser(__doc__, "every order is stored")
-    parser.add_argument("subject", type=subject, help="where to, such as orders.new")
+    parser.add_argument("subject", type=subject, help="the subject to publish to, such as orders.new")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--count", type=whole_number(1), default=20, help="how many orders (default: %(default)s)")
     which.add_argument("--input", metavar="FILE", help="publish each line of a file instead; - is standard input")
@@ -59,7 +59,7 @@ async def numbered_orders(shutdown: asyncio.Event) -> AsyncIterator[bytes]:
 
 
 async def make_messages(payloads: AsyncIterator[bytes]) -> AsyncIterator[Message]:
-    """Give each order an id, which no other run gives."""
+    """Give each order an id that is unique across runs."""
     run_id = uuid.uuid4().hex
     count = 0
     async for payload in payloads:

@@ -8,7 +8,7 @@
 #
 # environment: REPLICAS (default: 1); NATS_URL, NATS_CREDENTIALS_FILE_PATH and SSL_CERT_FILE as in the Python scripts
 #
-# exit status: 0 the stream exists with these flags, 1 any other error, and a line says which, 2 wrong usage
+# exit status: 0 the stream exists with these flags, 1 anything else, and standard error says why, 2 wrong usage
 set -euo pipefail
 # shellcheck source=scripts/natscli.sh
 . "$(dirname "$(readlink -f "$0")")/natscli.sh"

@@ -19,7 +19,7 @@ from nats.aio.client import Client
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent  # where nats-server and perhaps natscli are
 STREAMS = ("orders_stream", "orders_unprocessed")
-SETTLED_WITHIN = 45.0  # seconds after the last order was published
+DONE_WITHIN = 45.0  # seconds after the last order was published
 
 
 def say(who: str, line: str) -> None:
@@ -99,15 +99,15 @@ async def left(nc: Client) -> dict[str, int]:
     return {stream: (await nc.jetstream().stream_info(stream)).state.messages for stream in STREAMS}
 
 
-async def settle(nc: Client) -> dict[str, int]:
+async def wait_until_empty(nc: Client) -> dict[str, int]:
     """Wait until both streams are empty, saying what is waited for; return how many messages are left."""
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + SETTLED_WITHIN
+    deadline = loop.time() + DONE_WITHIN
     said = None
     while any((waiting := await left(nc)).values()) and loop.time() < deadline:
         if waiting != said:
             orders, advisories = waiting.values()
-            say("demo", f"waiting; orders not settled yet: {orders}, dead letters among them: {advisories}")
+            say("demo", f"{orders} orders are not done yet, {advisories} of them dead letters")
         said = waiting
         await asyncio.sleep(0.2)
     return waiting
@@ -138,7 +138,7 @@ async def demo() -> int:
         dlq = await stack.enter_async_context(part("dlq", sys.executable, "dlq/consumer.py", *reversed(STREAMS), **env))
         publisher = await succeed("publisher", sys.executable, "publisher/publisher.py", "orders.new", **env)
         async with await nats.connect(env["NATS_URL"]) as nc:
-            waiting = await settle(nc)
+            waiting = await wait_until_empty(nc)
         workers = {**consumers, "dlq": dlq}
         for worker in workers.values():
             worker.process.terminate()
@@ -157,8 +157,8 @@ async def demo() -> int:
     }
     for what, orders in tally.items():
         say("demo", f"{what:<26}{orders:4}")
-    settled = Counter(sum(received.values(), reprocessed))
-    accounted_for = settled == Counter(published) and Counter(dead) == Counter(reprocessed)
+    processed = Counter(sum(received.values(), reprocessed))
+    accounted_for = processed == Counter(published) and Counter(dead) == Counter(reprocessed)
     if failed or any(waiting.values()) or not accounted_for:
         say("demo", f"NOT every order is accounted for {failed or ''}")
         return 1

@@ -3,8 +3,8 @@
 Usage:
     .venv/bin/python scripts/record_demo.py
 
-The lines of a real run come up from below, at their own times. No recorder is in use since those for Python are no
-longer kept, and the demo prints plain lines.
+The lines of a real run come up from below, at their own times. No recorder is in use since those for Python are
+unmaintained, and the demo prints plain lines.
 """
 
 import argparse

@@ -293,7 +293,7 @@ async def test_an_account_may_limit_max_ack_pending(cloud: Cloud) -> None:
         await consumer.line("received order-0 .*")
         assert consumer.messages[0] == (
             "consumer max ack pending exceeds system limit of 500 (10121); "
-            "orders that wait for a retry may hold up others"
+            "orders that wait for a retry may block others"
         )
         assert await consumer.stop() == 0
 
@@ -366,7 +366,7 @@ async def _work_with_the_permissions_of_the_readme(cloud: Cloud, tmp_path: Path)
             assert await running.stop() == 0
         await _manage_all(cloud, nc, operator)
     assert dlq.found("nothing to reprocess: .*") == [
-        "nothing to reprocess: stream sequence # 2 in orders_stream will be delivered again: the durable other is gone"
+        "nothing to reprocess: stream sequence # 2 in orders_stream will be redelivered: the durable other is gone"
     ]
     assert len(dlq.lines) == 5, dlq.lines
     return seen

@@ -46,7 +46,7 @@ async def test_an_advisory_of_an_earlier_durable_leaves_its_order_alone(server: 
         await consumer.line("received order-0 .*")
         async with server.script(*DLQ) as dlq:
             await dlq.line(
-                "nothing to reprocess: stream sequence # . in orders_stream will be delivered again: "
+                "nothing to reprocess: stream sequence # . in orders_stream will be redelivered: "
                 "the durable processor was created after it had died",
                 2,
             )
@@ -60,7 +60,7 @@ async def test_an_advisory_from_before_max_deliver_was_raised_is_out_of_date(ser
     await dead_letters(nc, b"order-0")
     await change(nc, max_deliver=5)
     async with server.script(*DLQ) as dlq:
-        await dlq.line("nothing to reprocess: .* # 1 .* may be delivered again: processor has another MaxDeliver, 5")
+        await dlq.line("nothing to reprocess: .* # 1 .* may be redelivered: processor has another MaxDeliver, 5")
         await emptied(nc, *BOTH)
         assert dlq.messages[1:] == [
             "dead letter # 1 in orders_stream had no advisory: published one",

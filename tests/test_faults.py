@@ -302,7 +302,7 @@ async def test_durable_deleted_while_dead_letters_wait(
         async with server.script(*slow) as consumer:
             await emptied(nc, "orders_stream", "orders_unprocessed")
             assert sorted(consumer.found("received (.*) from .*")) == sorted(published)
-        reprocessed = len(dlq.found("nothing to reprocess: .* will be delivered again: .*"))
+        reprocessed = len(dlq.found("nothing to reprocess: .* will be redelivered: .*"))
         print(f"{len(orders)} dead letters: all delivered again and done once, {reprocessed} advisories out of date")
 
 

@@ -322,7 +322,7 @@ async def test_an_out_of_date_advisory_is_no_dead_letter(server: Server, nc: Cli
     await request(nc, "CONSUMER.CREATE.orders_stream.processor.orders.*", made)
     assert await listed(server) == []
     script = await manage(server, "retry", "1", status=1)
-    assert script.messages[0].startswith("# 1 in orders_stream is skipped: it will be delivered again: ")
+    assert script.messages[0].startswith("# 1 in orders_stream is skipped: it will be redelivered: ")
 
 
 async def test_malformed_advisories_are_passed_over(server: Server, nc: Client) -> None:

@@ -108,7 +108,7 @@ async def test_an_advisory_about_an_order_that_was_never_delivered_settles_nothi
     async with server.script(*DLQ) as dlq:
         await dlq.line("reprocessing order order-0")
         await emptied(nc, "orders_unprocessed")
-        assert dlq.found("nothing to reprocess: stream sequence # 2 in orders_stream will be delivered again: .*")
+        assert dlq.found("nothing to reprocess: stream sequence # 2 in orders_stream will be redelivered: .*")
     assert await messages(nc, "orders_stream") == 1
 
 
