@@ -186,7 +186,7 @@ async def test_the_services_run_and_have_the_time_to_stop(server: Server, nc: Cl
     script, *arguments = shlex.split(start)
     longest = float(arguments[arguments.index("--time-limit") + 1])
     for seconds in re.findall(r"(?:TimeoutStopSec=|terminationGracePeriodSeconds: )(\d+)", DOCS):
-        assert float(seconds) >= longest + max(SHUTDOWN_CONFIRM_TIME, PULL_EXPIRES) + CLOSE_TIMEOUT
+        assert float(seconds) >= 2 * longest + max(SHUTDOWN_CONFIRM_TIME, PULL_EXPIRES) + CLOSE_TIMEOUT
     await publish(nc, b"order-0")
     consumer = with_body(script, "process", "log.info('began')\n    await asyncio.sleep(4)", tmp_path)
     async with server.script(consumer, *arguments) as running:
