@@ -81,7 +81,7 @@ class Message(NamedTuple):
 async def publish(nc: Client, subject: str, message: Message, *, timeout: float = PUBLISH_TIMEOUT) -> Outcome:  # noqa: ASYNC109
     """Publish one message, and return what has become of it.
 
-    It is published again after a time-out, a lost connection and other transient errors. The log says why a message
+    It is published again after a timeout, a lost connection and other transient errors. The log says why a message
     is not published. A duplicate of an earlier attempt of the same call, whose answer was lost, counts as stored.
 
     Args:
