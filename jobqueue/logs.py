@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import signal
 import sys
 import time
@@ -36,6 +37,8 @@ class _Handler(logging.StreamHandler[Any]):
         on_signal = signal.getsignal(signal.SIGTERM)
         if callable(on_signal):  # within `shutdown_on_signal`
             on_signal(signal.SIGHUP, None)  # which never counts as a second signal
+            # Python ends with exit status 120 when it can't flush this file at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 class _Formatter(logging.Formatter):
