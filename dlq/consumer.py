@@ -25,7 +25,7 @@ from jobqueue.advisories import DeadLetter, parse_advisory, require_streams
 from jobqueue.arguments import make_parser, number, stream_name, whole_number
 from jobqueue.connection import connect_script
 from jobqueue.dead_letters import as_delivered, begin_reprocessing, remove_message
-from jobqueue.errors import STREAM_FULL, TRANSIENT_ERRORS, describe_error, describe_failure, printable
+from jobqueue.errors import TRANSIENT_ERRORS, describe_error, describe_failure, printable
 from jobqueue.in_flight import ACK, LEAVE, TERM
 from jobqueue.lost_advisories import keep_publishing
 from jobqueue.reading import StoredMessage
@@ -86,9 +86,7 @@ async def handle(
         return nak
     # A transient error must not be one of the advisory's attempts, so it is waited out here.
     wait_out = partial(
-        retry,
-        what=f"dead letter # {dead_letter.sequence} in {stream}",
-        should_raise=lambda error: shutdown.is_set() or getattr(error, "err_code", None) == STREAM_FULL,
+        retry, what=f"dead letter # {dead_letter.sequence} in {stream}", should_raise=lambda _: shutdown.is_set()
     )
     try:
         found = await wait_out(partial(begin_reprocessing, nc, durables, dead_letter, advisory))

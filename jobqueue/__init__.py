@@ -19,6 +19,7 @@ Example:
 from jobqueue.client import Client
 from jobqueue.connection import connect
 from jobqueue.errors import Failure
-from jobqueue.publishing import Message, Outcome, publish, publish_many
+from jobqueue.message import Message, Outcome
+from jobqueue.publishing import publish, publish_many
 
 __all__ = ["Client", "Failure", "Message", "Outcome", "connect", "publish", "publish_many"]

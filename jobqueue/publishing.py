@@ -6,14 +6,13 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from enum import Enum
-from typing import NamedTuple
 
 from nats.aio.msg import Msg
 from nats.errors import ConnectionClosedError, ConnectionReconnectingError, Error, MaxPayloadError
 
 from jobqueue.client import Client
-from jobqueue.errors import STREAM_FULL, describe_error, printable
+from jobqueue.errors import describe_error
+from jobqueue.message import Message, Outcome
 from jobqueue.retrying import MAX_RETRY_DELAY, retry
 
 log = logging.getLogger(__name__)
@@ -21,61 +20,9 @@ log = logging.getLogger(__name__)
 ACK_TIMEOUT = 5.0  # seconds for one attempt
 LATE_CHECK_INTERVAL = 0.5  # seconds
 PUBLISH_TIMEOUT = 30.0  # seconds for all attempts; well within the stream's duplicate window
-HEADER_SIZE = len("NATS/1.0\r\nNats-Msg-Id: \r\n\r\n")
 WINDOW = 1000  # messages in flight
 UNIT = 4096  # bytes; a large message takes several places of the window, which bounds the memory
 MAX_SUBJECT = 2048  # characters; the server ends the connection at a line of 4,096
-
-
-class Outcome(Enum):
-    """The outcome of a publish. Only STORED is truthy.
-
-    Example:
-        outcome = await publish(nc, "orders.new", Message(b"order-1", id="order-1"))
-        if outcome == Outcome.DUPLICATE:
-            print("that order was published before")
-    """
-
-    STORED = "stored"
-    DUPLICATE = "duplicate"  # an earlier call has stored a message with this id, and this one isn't stored
-    FAILED = "failed"  # the server has not confirmed it; publish it again with the same id
-
-    def __bool__(self) -> bool:
-        """Return whether the message itself is stored."""
-        return self is Outcome.STORED
-
-
-class Message(NamedTuple):
-    """What to publish.
-
-    Attributes:
-        payload: the bytes.
-        id: the same for every attempt, so that the server stores the message once within the stream's duplicate window;
-            not empty, and without spaces around it or line ends in it (https://docs.nats.io/using-nats/developer/develop_jetstream/model_deep_dive#message-deduplication).
-        label: what the log calls it; the id, by default.
-
-    Example:
-        Message(json.dumps({"to": "ann"}).encode(), id="welcome-ann")
-    """
-
-    payload: bytes
-    id: str
-    label: str = ""
-
-    def __str__(self) -> str:
-        return printable(self.label or self.id)
-
-    def check(self) -> None:
-        """Raise ValueError or TypeError for what nats-py would change or refuse."""
-        if not isinstance(self.payload, bytes) or not isinstance(self.id, str):
-            raise TypeError("a message needs bytes for its payload, and a str for its id")
-        self.id.encode()
-        if not self.id or self.id != self.id.strip() or "\n" in self.id or "\r" in self.id:
-            raise ValueError(f"a message's id can't be empty, or have spaces around it or line ends: {self.id!r}")
-
-    def fits(self, nc: Client) -> bool:
-        """Return whether the server takes it; nats-py doesn't count the header, and the server then disconnects."""
-        return HEADER_SIZE + len(self.id.encode()) + len(self.payload) <= nc.max_payload
 
 
 async def publish(nc: Client, subject: str, message: Message, *, timeout: float = PUBLISH_TIMEOUT) -> Outcome:  # noqa: ASYNC109
@@ -134,11 +81,7 @@ async def _publish_until_confirmed(
         return Outcome.DUPLICATE if ack.duplicate and not is_retry else Outcome.STORED
 
     try:
-        outcome = await retry(
-            attempt,
-            f"{message} is not published yet",
-            lambda error: now() + MAX_RETRY_DELAY > deadline or getattr(error, "err_code", None) == STREAM_FULL,
-        )
+        outcome = await retry(attempt, f"{message} is not published yet", lambda _: now() + MAX_RETRY_DELAY > deadline)
     except (Error, TimeoutError) as error:
         log.error("%s is not published: %s", message, describe_error(error))
         return Outcome.FAILED

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from nats.js.errors import NotFoundError
 
-from jobqueue.errors import TRANSIENT_ERRORS, describe_error
+from jobqueue.errors import PERMANENT_CODES, TRANSIENT_ERRORS, describe_error
 
 log = logging.getLogger(__name__)
 
@@ -15,13 +15,13 @@ START_TIMEOUT = 30.0  # seconds to retry transient errors at a script's start
 MIN_RETRY_DELAY = 0.1  # seconds; doubled after each attempt
 MAX_RETRY_DELAY = 0.5  # seconds
 
-DURABLE_REFUSED = 10012  # JetStream's error code; as a 500 it looks transient
-
 T = TypeVar("T")
 
 
 async def retry(call: Callable[[], Awaitable[T]], what: str, should_raise: Callable[[Exception], bool]) -> T:
     """Return what `call()` returns; call it again after each transient error, and after a "not found".
+
+    An error with one of PERMANENT_CODES is raised.
 
     Args:
         call: makes the request.
@@ -33,7 +33,7 @@ async def retry(call: Callable[[], Awaitable[T]], what: str, should_raise: Calla
         try:
             return await call()
         except (*TRANSIENT_ERRORS, NotFoundError) as error:  # a deleted stream may be created again
-            if should_raise(error):
+            if getattr(error, "err_code", None) in PERMANENT_CODES or should_raise(error):
                 raise
             if delay == MIN_RETRY_DELAY:
                 log.warning("%s: %s; trying again", what, describe_error(error))
@@ -47,8 +47,6 @@ async def retry_at_start(
     """Return what `call()` returns, as `retry` does, but for START_TIMEOUT at most, and not after a "not found"."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + START_TIMEOUT
-
-    def is_permanent(error: Exception) -> bool:
-        return isinstance(error, NotFoundError) or getattr(error, "err_code", None) == DURABLE_REFUSED
-
-    return await retry(call, what, lambda error: is_permanent(error) or loop.time() > deadline or should_raise())
+    return await retry(
+        call, what, lambda error: isinstance(error, NotFoundError) or loop.time() > deadline or should_raise()
+    )

@@ -26,7 +26,8 @@ from jobqueue.arguments import make_parser, number, subject, whole_number
 from jobqueue.connection import connect_script
 from jobqueue.errors import TRANSIENT_ERRORS, Failure
 from jobqueue.lines import opened, read_lines
-from jobqueue.publishing import Message, Outcome, publish, publish_many
+from jobqueue.message import Message, Outcome
+from jobqueue.publishing import publish, publish_many
 from jobqueue.script import shutdown_on_signal, start
 
 log = logging.getLogger("publisher")

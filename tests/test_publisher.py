@@ -13,7 +13,8 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from jobqueue.connection import connect
-from jobqueue.publishing import Message, Outcome, publish, publish_many
+from jobqueue.message import Message, Outcome
+from jobqueue.publishing import publish, publish_many
 from tests.harness import PATIENCE, PUBLISHER, Script, Server, messages, request, serving
 from tests.proxy import proxied
 
