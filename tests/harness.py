@@ -424,6 +424,12 @@ async def durable_info(nc: Client, stream: str, durable: str) -> dict[str, Any]:
     return info
 
 
+async def has_in_flight(nc: Client, count: int) -> bool:
+    """Return whether so many orders are in flight or wait for a retry."""
+    in_flight: int = (await durable_info(nc, "orders_stream", "processor"))["num_ack_pending"]
+    return in_flight == count
+
+
 async def emptied(nc: Client, *streams: str) -> None:
     """Wait until the streams are empty."""
 

@@ -33,6 +33,7 @@ from tests.harness import (
     edited,
     emptied,
     example,
+    has_in_flight,
     messages,
     publish,
     started,
@@ -231,7 +232,7 @@ async def test_the_kubernetes_manifest_is_valid_and_its_probe_tells_a_blocked_ev
         await until(lambda: _is(time.time() - alive.stat().st_mtime < 60))
         assert await status() == 0
         await publish(nc, b"order-0")
-        await until(lambda: _has_in_flight(nc))
+        await until(lambda: has_in_flight(nc, 1))
         await age()
         await asyncio.sleep(7)  # more than the interval, in which it is not touched
         assert await status() == 1
@@ -240,11 +241,6 @@ async def test_the_kubernetes_manifest_is_valid_and_its_probe_tells_a_blocked_ev
 
 async def _is(condition: bool) -> bool:
     return condition
-
-
-async def _has_in_flight(nc: Client) -> bool:
-    durables = await nc.jetstream().consumers_info("orders_stream")
-    return any(durable.num_ack_pending for durable in durables)
 
 
 async def test_the_servers_configuration_is_valid(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from tests.harness import (
     dead_letters,
     durable_info,
     emptied,
+    has_in_flight,
     messages,
     publish,
     request,
@@ -479,11 +480,6 @@ async def test_a_durable_that_is_deleted_while_a_consumer_is_busy_is_created_aga
         await request(nc, "CONSUMER.DELETE.orders_stream.processor")
         await emptied(nc, "orders_stream")
         assert await consumer.stop() == 0
-
-
-async def has_in_flight(nc: Client, count: int) -> bool:
-    in_flight: int = (await durable_info(nc, "orders_stream", "processor"))["num_ack_pending"]
-    return in_flight == count
 
 
 async def test_a_new_leader_gets_all_acks_before_it_is_asked_for_more(tmp_path: Path) -> None:

@@ -11,7 +11,19 @@ import psutil
 import pytest
 from nats.aio.client import Client
 
-from tests.harness import CONSUMER, DLQ, PUBLISHER, ROOT, Server, edited, environment, publish, started, until
+from tests.harness import (
+    CONSUMER,
+    DLQ,
+    PUBLISHER,
+    ROOT,
+    Server,
+    edited,
+    environment,
+    has_in_flight,
+    publish,
+    started,
+    until,
+)
 
 NO_FAILURES = ("--failure-rate", "0", "--work-time", "0")
 IGNORES_HANGUPS = (
@@ -128,14 +140,9 @@ async def test_what_holds_up_the_exit_is_said_again_and_again(server: Server, nc
     consumer = edited(CONSUMER[0], code, tmp_path)
     await publish(nc, b"order-0")
     async with server.script(consumer, *CONSUMER[1:], "--time-limit", "14") as running:
-        await until(lambda: has_in_flight(nc))
+        await until(lambda: has_in_flight(nc, 1))
         running.process.send_signal(signal.SIGTERM)
         await running.line("still shutting down: finishing 1 orders in flight .*")
         await running.line("stopped: .*")
         await running.line(r"shutting down: waiting for a thread of a cancelled order \(signal to exit now\)")
         assert await running.stop() == -signal.SIGTERM
-
-
-async def has_in_flight(nc: Client) -> bool:
-    durables = await nc.jetstream().consumers_info("orders_stream")
-    return any(durable.num_ack_pending for durable in durables)
