@@ -25,6 +25,7 @@ from jobqueue.advisories import DeadLetter, parse_advisory, require_streams
 from jobqueue.arguments import make_parser, number, stream_name, whole_number
 from jobqueue.connection import connect_script
 from jobqueue.dead_letters import as_delivered, begin_reprocessing, remove_message
+from jobqueue.durables import Durables
 from jobqueue.errors import TRANSIENT_ERRORS, describe_error, describe_failure, printable
 from jobqueue.in_flight import ACK, LEAVE, TERM
 from jobqueue.lost_advisories import keep_publishing
@@ -33,7 +34,7 @@ from jobqueue.redelivery import attempt_of, nak_until_due, schedule_next_attempt
 from jobqueue.redrive import is_redrive, redrive
 from jobqueue.retrying import retry
 from jobqueue.script import shutdown_on_signal, start
-from jobqueue.streams import Durables, parse_ack_subject
+from jobqueue.streams import parse_ack_subject
 from jobqueue.time_limit import TimeLimit
 from jobqueue.worker import Worker
 

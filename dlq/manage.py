@@ -28,12 +28,12 @@ from jobqueue.arguments import make_parser, stream_name, whole_number
 from jobqueue.claims import Claims
 from jobqueue.connection import connect_script
 from jobqueue.dead_letters import remove_message
+from jobqueue.durables import Durables
 from jobqueue.errors import Failure, describe_error, printable
 from jobqueue.inventory import as_json, find_without_advisory, verify_dead
 from jobqueue.reading import StoredMessage, gather_some
 from jobqueue.redrive import REDRIVE_HEADER, redrive
 from jobqueue.script import shutdown_on_signal, start
-from jobqueue.streams import Durables
 
 log = logging.getLogger("manage")
 

@@ -12,10 +12,11 @@ from nats.errors import Error
 from nats.js.api import AckPolicy, ConsumerConfig
 
 from jobqueue.advisories import Item, publish_advisory, read_advisories
+from jobqueue.durables import Durables, ensure_durable, shortest_ack_wait
 from jobqueue.listening import CLAIM_ACK, AckListener
 from jobqueue.reading import gather_some, get_message
 from jobqueue.redelivery import DELAY_HEADER
-from jobqueue.streams import REQUEST_TIMEOUT, Durables, ack_subject, api_request, ensure_durable, shortest_ack_wait
+from jobqueue.streams import REQUEST_TIMEOUT, ack_subject, api_request
 
 ACK_WAIT = 600.0  # seconds, of a durable that no DLQ processor has configured yet
 MAX_ACK_PENDING = 100_000

@@ -10,10 +10,11 @@ from nats.errors import Error
 from nats.js.errors import NotFoundError
 
 from jobqueue.advisories import ADVISORY, DeadLetter
+from jobqueue.durables import Durables
 from jobqueue.errors import describe_error
 from jobqueue.in_flight import ACK
 from jobqueue.reading import StoredMessage, find_stored_at, get_message, parse_time
-from jobqueue.streams import REQUEST_TIMEOUT, Durables, ack_subject, probe_ack
+from jobqueue.streams import REQUEST_TIMEOUT, ack_subject, probe_ack
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from nats.aio.client import Client
 
 from jobqueue.advisories import DeadLetter, Item
 from jobqueue.dead_letters import why_alive
+from jobqueue.durables import Durables
 from jobqueue.lost_advisories import Search
 from jobqueue.reading import MAX_REQUESTS, StoredMessage, format_time, gather_some, get_message
-from jobqueue.streams import Durables
 
 
 async def find_without_advisory(nc: Client, dlq_stream: str, dlq_durable: str, stream: str) -> dict[int, Item]:

@@ -12,11 +12,12 @@ from nats.aio.client import Client
 from nats.errors import Error
 
 from jobqueue.advisories import publish_advisory, read_advisories
+from jobqueue.durables import Durables, list_durables
 from jobqueue.errors import describe_error
 from jobqueue.listening import check_permission
 from jobqueue.reading import gather_some
 from jobqueue.redelivery import is_due, restore_exhausted
-from jobqueue.streams import Durables, api_request
+from jobqueue.streams import api_request
 from jobqueue.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -158,16 +159,6 @@ class Search:
 
     async def _read_none(self) -> set[int]:
         return set()
-
-
-async def list_durables(nc: Client, stream: str) -> list[dict[str, Any]]:
-    """Return what the server says of each durable of a stream."""
-    found: list[dict[str, Any]] = []
-    while True:
-        page = await api_request(nc, f"CONSUMER.LIST.{stream}", {"offset": len(found)})
-        found += page["consumers"] or []
-        if not page["consumers"] or len(found) >= page["total"]:
-            return found
 
 
 def count_dead(stream: dict[str, Any], durables: Iterable[dict[str, Any]]) -> int:

@@ -7,9 +7,9 @@ from typing import Any
 
 from nats.aio.client import Client
 
+from jobqueue.durables import subject_filters
 from jobqueue.listening import AckListener
 from jobqueue.reading import StoredMessage, gather_some, get_message, read_messages
-from jobqueue.streams import subject_filters
 
 CONFIRM_DELAY = 2.5  # seconds from the last ack until its message has left the stream, on replicas too
 MAX_TIMER_LATENESS = 1.0  # seconds, of the server

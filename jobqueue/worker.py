@@ -12,12 +12,13 @@ from nats.errors import Error
 from nats.js.api import ConsumerConfig
 
 from jobqueue.client import Client
+from jobqueue.durables import ensure_durable, shortest_ack_wait
 from jobqueue.errors import Failure, describe_error
 from jobqueue.in_flight import LEAVE, Entry, Registry
 from jobqueue.pulling import Prefetch, PullRequests
 from jobqueue.recovery import Recovery
 from jobqueue.retrying import retry_at_start
-from jobqueue.streams import ack_subject, api_request, ensure_durable, probe_ack, shortest_ack_wait
+from jobqueue.streams import ack_subject, api_request, probe_ack
 from jobqueue.time_limit import TimeLimit
 
 log = logging.getLogger(__name__)
