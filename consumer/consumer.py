@@ -22,12 +22,11 @@ from nats.js.api import AckPolicy, ConsumerConfig
 
 from jobqueue.arguments import make_parser, number, stream_name, subject_filter, whole_number
 from jobqueue.connection import connect_script
-from jobqueue.dead_letters import warn_if_lost
 from jobqueue.durables import Durables
 from jobqueue.errors import describe_failure, printable
 from jobqueue.in_flight import ACK, LEAVE, NAK
 from jobqueue.script import shutdown_on_signal, start
-from jobqueue.streams import require_stream
+from jobqueue.streams import require_stream, warn_if_lost
 from jobqueue.time_limit import TimeLimit
 from jobqueue.worker import Worker
 

@@ -1,6 +1,7 @@
-"""List dead letters, redrive them (publish them again, for fresh attempts), or discard them.
+"""Show the state of a queue; list dead letters, redrive them (publish them again, for fresh attempts), or discard them.
 
 Usage:
+    python dlq/manage.py orders_unprocessed orders_stream status
     python dlq/manage.py orders_unprocessed orders_stream list
     python dlq/manage.py orders_unprocessed orders_stream retry 17 23
     python dlq/manage.py orders_unprocessed orders_stream discard --all
@@ -16,33 +17,28 @@ import json
 import logging
 import os
 import sys
-from collections import Counter
 from datetime import datetime
-from functools import partial
 
-from nats.aio.client import Client
 from nats.errors import Error
 
-from jobqueue.advisories import Item, read_advisories, require_streams
 from jobqueue.arguments import make_parser, stream_name, whole_number
-from jobqueue.claims import Claims
+from jobqueue.client import Client
 from jobqueue.connection import connect_script
-from jobqueue.dead_letters import remove_message
-from jobqueue.durables import Durables
+from jobqueue.dead_letters.advisories import require_streams
+from jobqueue.dead_letters.counting import read_status
+from jobqueue.dead_letters.headers import find_header
+from jobqueue.dead_letters.inventory import as_json, find_candidates, read_dead_letters
+from jobqueue.dead_letters.operating import Operation
+from jobqueue.dead_letters.verifying import DeadLetter, Verifier
 from jobqueue.errors import Failure, describe_error, printable
-from jobqueue.inventory import as_json, find_without_advisory, verify_dead
-from jobqueue.reading import StoredMessage, gather_some
-from jobqueue.redrive import REDRIVE_HEADER, redrive
 from jobqueue.script import shutdown_on_signal, start
 
 log = logging.getLogger("manage")
 
 DURABLE = "unprocessed_order_handler"  # of dlq/consumer.py
-BATCH = 128  # dead letters that are claimed at a time
 ROW = "{:>9}  {:<20}  {:<19}  {:<19}  {:>10}  {:<36}  {}"
 
 options = argparse.Namespace()
-tally: Counter[str] = Counter()
 
 
 def parse_args() -> None:
@@ -50,7 +46,9 @@ def parse_args() -> None:
     parser = make_parser(__doc__, "the command has been carried out for all")
     parser.add_argument("dlq_stream", type=stream_name, help="where the advisories are, such as orders_unprocessed")
     parser.add_argument("original_stream", type=stream_name, help="where the orders are, such as orders_stream")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="list|retry|discard")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="status|list|retry|discard")
+    status = commands.add_parser("status", help="show how many orders wait, are pending, and are dead")
+    status.add_argument("--json", action="store_true", help="one JSON object")
     listing = commands.add_parser("list", help="show all dead letters")
     listing.add_argument("--json", action="store_true", help="one JSON object per line, with headers and whole payload")
     retrying = commands.add_parser("retry", help="redrive: publish dead letters again, for fresh attempts")
@@ -60,7 +58,7 @@ def parse_args() -> None:
         command.add_argument("--all", action="store_true", help="all dead letters")
     discarding.add_argument("--yes", action="store_true", help="don't ask for confirmation of --all")
     parser.parse_args(namespace=options)
-    if options.command == "list":
+    if options.command in ("status", "list"):
         return
     if options.all == bool(options.sequences):  # both, or neither
         commands.choices[options.command].error("give stream sequences, or --all")
@@ -76,138 +74,88 @@ def confirm() -> None:
             sys.exit("nothing is discarded")
 
 
-def show(item: Item, order: StoredMessage) -> None:
+def show(letter: DeadLetter) -> None:
     """Print one dead letter."""
     if options.json:
-        print(json.dumps(as_json(item, order)))
+        print(json.dumps(as_json(letter)))
         return
-    published, died = (str(datetime.fromtimestamp(ns // 10**9)) for ns in (order.stored_at, item.dead_letter.died_at))
+    message = letter.message
+    published, died = (str(datetime.fromtimestamp(ns // 10**9)) for ns in (message.stored_at, letter.died_at))
     columns = (
-        *(order.sequence, printable(order.subject), published, died if item.advisories else "without advisory"),
-        *(item.dead_letter.deliveries, printable(order.headers.get("Nats-Msg-Id", ""))),
+        *(message.sequence, printable(message.subject), published, died if letter.died_at else "without advisory"),
+        *(letter.deliveries, printable(find_header(message.header_block, "Nats-Msg-Id"))),
     )
-    print(ROW.format(*columns, printable(order.data, 60)))
-
-
-async def discard(nc: Client, item: Item, order: StoredMessage, claims: Claims) -> None:
-    """Print a dead letter with all that is known of it, then remove it.
-
-    Raises:
-        nats.errors.Error: the request timed out; the dead letter may still be there.
-    """
-    try:
-        print(json.dumps(as_json(item, order)), flush=True)
-    except BrokenPipeError:
-        raise Error("it could not be printed") from None
-    if not claims.are_valid():  # whoever reads the output made us wait
-        raise TimeoutError
-    if not await remove_message(nc, item.dead_letter, order):
-        raise Error("it is gone")
-    log.info("discarded %s: # %d in %s", printable(order.data), order.sequence, options.original_stream)
-
-
-def skip(sequence: int, why: str) -> None:
-    """Log and count an order that the command isn't carried out for."""
-    tally["skipped"] += 1
-    log.error("# %d in %s is skipped: %s", sequence, options.original_stream, why)
-
-
-async def select(nc: Client, items: dict[int, Item]) -> list[Item]:
-    """Return what the command is for, by the advisories and without. Some may be no dead letters any more."""
-    wanted = set() if options.command == "list" else set(options.sequences)
-    if not wanted or wanted - items.keys():
-        names = options.dlq_stream, DURABLE, options.original_stream
-        items = await find_without_advisory(nc, *names) | items
-    for sequence in sorted(wanted - items.keys()):
-        skip(sequence, "it is no dead letter, but in flight, queued or gone")
-    return [items[sequence] for sequence in sorted(items) if not wanted or sequence in wanted]
+    print(ROW.format(*columns, printable(message.data, 60)))
 
 
 async def show_all(nc: Client) -> None:
     """Print the dead letters."""
-    items = await select(nc, await read_advisories(nc, options.dlq_stream, options.original_stream))
     if not options.json:
         print(ROW.format("SEQUENCE", "SUBJECT", "PUBLISHED", "DIED", "DELIVERIES", "ID", "PAYLOAD"))
-    async for item, order, why in verify_dead(nc, Durables(nc, options.original_stream), items):
-        if order and not why:
-            show(item, order)
+    verifier = Verifier(nc, options.original_stream)
+    await verifier.start()
+    candidates, _ = await find_candidates(nc, options.dlq_stream, verifier, set())
+    async for letter in read_dead_letters(nc, verifier, candidates):
+        show(letter)
 
 
-async def verify(nc: Client, claims: Claims, items: list[Item]) -> list[tuple[Item, StoredMessage]]:
-    """Return the items that are dead letters, with their orders, and remove the advisories of orders that are gone."""
-    dead: list[tuple[Item, StoredMessage]] = []
-    outdated: list[int] = []
-    async for item, order, why in verify_dead(nc, Durables(nc, options.original_stream), items):
-        if order and not why:
-            dead.append((item, order))
-        elif not options.all:
-            skip(item.dead_letter.sequence, f"it {why}")
-        if not order:
-            outdated.extend(item.advisories)
-    await claims.remove(outdated)
-    return dead
+async def show_status(nc: Client) -> None:
+    """Print the state of the queue."""
+    status = await read_status(nc, options.dlq_stream, options.original_stream)
+    if options.json:
+        print(json.dumps(status))
+        return
+    for field, value in status.items():
+        if field != "streams":
+            print(f"{field.replace('_', ' '):<15}{printable(', '.join(value) if field == 'paused' else str(value))}")
+    for name, stream in status["streams"].items():
+        print(f"{name}: {stream['messages']} messages, {stream['bytes']} bytes, {stream['full']:.1%} full")
 
 
-async def handle_batch(nc: Client, claims: Claims, items: list[Item]) -> None:
-    """Redrive or discard some dead letters."""
+def discard(letter: DeadLetter) -> None:
+    """Print a dead letter with all that is known of it, before it is removed.
 
-    async def handle(item: Item, order: StoredMessage) -> None:
-        if not claims.are_valid():
-            skip(order.sequence, "its claim has expired, and a DLQ processor takes care of it")
-            return
-        try:
-            if options.command == "retry":
-                await redrive(nc, item.dead_letter, order)
-            else:
-                await discard(nc, item, order, claims)
-        except (Error, TimeoutError) as error:
-            skip(order.sequence, describe_error(error))
-            await claims.release(item)
-        else:
-            tally["done"] += 1
-            done.extend(item.advisories)
-
-    done: list[int] = []
-    dead = [item for item, _ in await verify(nc, claims, items)]
-    claimed = await claims.claim(dead, {REDRIVE_HEADER: "1"} if options.command == "retry" else {})
-    for item, claim in zip(dead, claimed, strict=True):
-        if not claim:
-            skip(item.dead_letter.sequence, "a DLQ processor has it in flight")
-    # Some may have been done before they were claimed.
-    ours = await verify(nc, claims, [claim for claim in claimed if claim])
-    await gather_some([partial(handle, item, order) for item, order in ours])
-    await claims.remove(done)
+    Raises:
+        nats.errors.Error: it cannot be printed.
+    """
+    try:
+        print(json.dumps(as_json(letter)), flush=True)
+    except BrokenPipeError:
+        raise Error("it could not be printed") from None
 
 
-async def handle_all(nc: Client) -> None:
-    """Redrive or discard the dead letters."""
-    claims = Claims(nc, options.dlq_stream, DURABLE, options.original_stream)
-    items = await select(nc, await claims.start())
+async def handle_all(nc: Client) -> int:
+    """Redrive or discard dead letters, and return how many are skipped."""
     shutdown = asyncio.Event()
+    show_first = discard if options.command == "discard" else None
+    operation = Operation(nc, options.dlq_stream, DURABLE, options.original_stream, show_first, shutdown)
     with shutdown_on_signal(shutdown, lambda: "the dead letters in flight"):
-        while items and not shutdown.is_set():
-            batch, items = items[:BATCH], items[BATCH:]
-            await handle_batch(nc, claims, batch)
-    tally["skipped"] += len(items)
-    what = "redriven" if options.command == "retry" else "discarded"
+        await operation.run(set(options.sequences))
+    what, tally = "redriven" if options.command == "retry" else "discarded", operation.tally
     log.info("%d dead letters %s, %d skipped", tally["done"], what, tally["skipped"])
+    return tally["skipped"]
 
 
 async def run() -> int:
     """Carry out the command, and return the exit status: 1 if it isn't carried out for all."""
-    stream, dlq_stream = options.original_stream, options.dlq_stream
     if sys.stdout is None:
         raise Failure("standard output is closed, where the dead letters would be printed")
-    async with connect_script(f"manage_{stream}") as nc:
-        await require_streams(nc, dlq_stream, stream)
+    skipped = 0
+    async with connect_script(f"manage_{options.original_stream}") as nc:
+        await require_streams(nc, options.dlq_stream, options.original_stream)
         try:
-            await (show_all(nc) if options.command == "list" else handle_all(nc))
+            if options.command == "status":
+                await show_status(nc)
+            elif options.command == "list":
+                await show_all(nc)
+            else:
+                skipped = await handle_all(nc)
             sys.stdout.flush()
         except BrokenPipeError:  # whoever reads the list has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (Error, TimeoutError) as error:
             raise Failure(f"{options.command} has not finished: {describe_error(error)}; run it again") from None
-    return 1 if tally["skipped"] else 0
+    return 1 if skipped else 0
 
 
 def main() -> None:

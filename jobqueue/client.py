@@ -10,6 +10,7 @@ from nats.aio.client import Client as NatsClient
 from nats.aio.msg import Msg
 from nats.aio.transport import TcpTransport
 from nats.errors import Error, SecureConnWantedError
+from nats.protocol.command import hpub_cmd
 from nats.protocol.parser import PERMISSIONS_ERR
 
 from jobqueue.environment import Credentials
@@ -76,6 +77,18 @@ class Client(NatsClient):
         except Exception:
             return None
         return parsed
+
+    async def _send_publish(
+        self, subject: str, reply: str, payload: bytes, payload_size: int, headers: dict[str, Any] | bytes | None
+    ) -> None:
+        """Take a header block as it is on the wire; nats-py's headers have one value for each name, and only UTF-8."""
+        if not isinstance(headers, bytes):
+            await super()._send_publish(subject, reply, payload, payload_size, headers)
+            return
+        self.stats["out_msgs"] += 1
+        self.stats["out_bytes"] += payload_size
+        await self._send_command(hpub_cmd(subject, reply, headers, payload))
+        await self._flush_pending()
 
     async def _process_err(self, err_msg: str) -> None:
         """Reconnect when the server ends the connection; nats-py closes it for good, as when a JWT expires."""

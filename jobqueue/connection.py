@@ -161,6 +161,7 @@ async def _connect_first(nc: Client, events: _Events, name: str, servers: list[s
                 error_cb=events.on_error,
                 disconnected_cb=events.on_disconnected,
                 reconnected_cb=events.on_reconnected,
+                no_echo=isinstance(nc, ScriptClient),  # an operator listens to what others send
                 **OPTIONS,
                 **options,
             )

@@ -11,7 +11,7 @@ from nats.js.api import ConsumerConfig
 from nats.js.errors import APIError, NotFoundError
 
 from jobqueue.errors import Failure, describe_error, printable
-from jobqueue.streams import api_request
+from jobqueue.streams import api_request, subjects_overlap
 
 log = logging.getLogger(__name__)
 
@@ -98,49 +98,116 @@ def subject_filters(config: dict[str, Any]) -> list[str]:
     return config.get("filter_subjects") or [config.get("filter_subject") or ">"]
 
 
+class Durable:
+    """What the server says of a durable.
+
+    Attributes:
+        name: its name.
+        config: its configuration, as it is on the wire.
+        created: when it was created, by the server's clock.
+        described_at: when the server said all this, by its own clock.
+        delivered: the highest stream sequence that it has delivered.
+        consumer_seq: the number of its last delivery.
+        waiting: messages that it has not delivered yet.
+        pending: messages that are delivered and neither acked nor exhausted.
+        pull_requests: the open ones.
+        is_paused: whether an operator has paused it.
+        asked_at: when the server was asked, by the event loop's clock.
+        reconnects: those of the connection until then.
+    """
+
+    def __init__(self, info: dict[str, Any], asked_at: float, reconnects: int) -> None:
+        self.name: str = info["name"]
+        self.config: dict[str, Any] = info["config"]
+        self.created: str = info["created"]
+        self.described_at: str = info["ts"]
+        self.delivered: int = info["delivered"]["stream_seq"]
+        self.consumer_seq: int = info["delivered"]["consumer_seq"]
+        self.waiting: int = info["num_pending"]
+        self.pending: int = info["num_ack_pending"]
+        self.pull_requests: int = info["num_waiting"]
+        self.is_paused = bool(info.get("paused"))
+        self.has_replicas = len((info.get("cluster") or {}).get("replicas") or ()) > 0
+        self.asked_at = asked_at
+        self.reconnects = reconnects
+
+    @property
+    def filters(self) -> list[str]:
+        """Its subject filters."""
+        return subject_filters(self.config)
+
+    @property
+    def longest_wait(self) -> float:
+        """The seconds that a message waits for a retry at most, by the durable's own configuration."""
+        return float(max(self.config.get("backoff") or [self.config["ack_wait"]])) / 1e9
+
+    def takes(self, subject: str) -> bool:
+        """Return whether its filter matches a message's subject."""
+        return any(subjects_overlap(one, subject) for one in self.filters)
+
+
 class Durables:
-    """What the server says of a stream's durables. Answers are cached for half a second."""
+    """What the server says of a stream's durables. An answer is valid for half a second, on one connection."""
 
     def __init__(self, nc: Client, stream: str) -> None:
         self._nc = nc
         self._stream = stream
-        self._answers: dict[str, tuple[float, dict[str, Any]]] = {}
+        self._found: dict[str, Durable] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
         self._now = asyncio.get_running_loop().time
 
-    async def find(self, durable: str) -> dict[str, Any] | None:
+    async def find(self, name: str, since: float = 0.0) -> Durable | None:
         """Return what the server says of a durable; None if there is none.
+
+        Args:
+            name: the durable's name.
+            since: by the event loop's clock; the server is asked again if it was last asked before.
 
         Raises:
             nats.errors.Error: the request timed out.
         """
-        asked_at, answer = self._answers.get(durable, (0.0, {}))
-        if not answer or self._now() > asked_at + DURABLE_VALID_FOR:
+        async with self._locks.setdefault(name, asyncio.Lock()):  # one request answers all that wait
+            now, reconnects = self._now(), int(self._nc.stats["reconnects"])
+            found = self._found.get(name)
+            if found and found.asked_at >= max(since, now - DURABLE_VALID_FOR) and found.reconnects == reconnects:
+                return found
+            self._found.pop(name, None)
             try:
-                answer = await api_request(self._nc, f"CONSUMER.INFO.{self._stream}.{durable}")
+                info = await api_request(self._nc, f"CONSUMER.INFO.{self._stream}.{name}")
             except NotFoundError as error:
                 if error.err_code != CONSUMER_NOT_FOUND:
                     raise
                 return None
-            self._answers[durable] = self._now(), answer
-        return answer
+            self._found[name] = Durable(info, now, reconnects)
+            return self._found[name]
 
-    def forget(self, durable: str) -> None:
-        """Drop a durable's cached answer."""
-        self._answers.pop(durable, None)
+    async def find_all(self) -> list[Durable]:
+        """Return what the server says of each durable of the stream.
 
-    async def has_max_deliver(self, durable: str, max_deliver: int) -> bool:
+        Raises:
+            nats.errors.Error: the request timed out, or a durable has no leader at the moment.
+        """
+        found: list[Durable] = []
+        while True:
+            now, reconnects = self._now(), int(self._nc.stats["reconnects"])
+            page = await api_request(self._nc, f"CONSUMER.LIST.{self._stream}", {"offset": len(found)})
+            if page.get("missing"):
+                raise Error(f"the durable {printable(page['missing'][0])} does not answer")
+            found += [Durable(info, now, reconnects) for info in page["consumers"] or []]
+            if not page["consumers"] or len(found) >= page["total"]:
+                return found
+
+    async def find_by_subject(self, subject: str) -> Durable | None:
+        """Return the durable that takes the messages of a subject: in a work queue there is one at most.
+
+        Raises:
+            nats.errors.Error: the request timed out.
+        """
+        return next((durable for durable in await self.find_all() if durable.takes(subject)), None)
+
+    async def has_max_deliver(self, name: str, max_deliver: int) -> bool:
         """Return whether a durable has this MaxDeliver; an operator or another process may have changed it."""
         with suppress(Error, TimeoutError):
-            info = await self.find(durable)
-            return bool(info and info["config"]["max_deliver"] == max_deliver)
+            durable = await self.find(name)
+            return bool(durable and durable.config["max_deliver"] == max_deliver)
         return False
-
-
-async def list_durables(nc: Client, stream: str) -> list[dict[str, Any]]:
-    """Return what the server says of each durable of a stream."""
-    found: list[dict[str, Any]] = []
-    while True:
-        page = await api_request(nc, f"CONSUMER.LIST.{stream}", {"offset": len(found)})
-        found += page["consumers"] or []
-        if not page["consumers"] or len(found) >= page["total"]:
-            return found

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, KeysView
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
@@ -76,6 +76,11 @@ class Registry:
 
     def __contains__(self, entry: Entry) -> bool:
         return self._entries.get(entry.sequence) is entry
+
+    @property
+    def sequences(self) -> KeysView[int]:
+        """The stream sequences."""
+        return self._entries.keys()
 
     @property
     def epoch(self) -> int:

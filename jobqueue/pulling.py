@@ -115,11 +115,11 @@ class PullRequests:
             self._heard_at = self._now()
             headers = message.headers or {}
             self.requested = max(0, self.requested - int(headers.get("Nats-Pending-Messages", 0)))
-            await self._on_end(_describe_failure(headers))
+            await self._on_end(describe_status(headers))
 
 
-def _describe_failure(headers: dict[str, str]) -> str:
-    """Return what a status says, or "" for those that end a request as planned."""
+def describe_status(headers: dict[str, str]) -> str:
+    """Return what the status that ends a pull request says, or "" if it ends as planned."""
     status, description = headers.get("Status", ""), headers.get("Description", "")
     if status in ("404", "408"):  # no messages now; none before the request expired
         return ""

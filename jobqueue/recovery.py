@@ -13,8 +13,8 @@ from jobqueue.durables import ensure_durable
 from jobqueue.errors import describe_error
 from jobqueue.in_flight import CHECK_VALID_FOR, Entry, Registry
 from jobqueue.pulling import PullRequests
-from jobqueue.reading import find_stored_at
 from jobqueue.retrying import MIN_RETRY_DELAY
+from jobqueue.stored import find_stored_at
 from jobqueue.streams import api_request
 
 log = logging.getLogger(__name__)

@@ -60,7 +60,7 @@ class Worker:
         self._tally: Counter[bytes] = Counter()
         self._prefetch = Prefetch()
         self._registry = Registry(nc, stream, lambda: self._recovery.check(), self._prefetch.note_round_trip)
-        self._pulls = PullRequests(nc, stream, self._durable, self._receive, self._end_pull)
+        self._pulls = PullRequests(nc, stream, self._durable, self.receive, self._end_pull)
         self._recovery = Recovery(nc, stream, config, self._registry, self._pulls)
 
     @property
@@ -139,7 +139,12 @@ class Worker:
         if missing >= max(1, room // 2):
             await self._pulls.send(missing)
 
-    async def _receive(self, message: Msg) -> None:
+    def has(self, sequence: int) -> bool:
+        """Return whether a message is in flight here."""
+        return sequence in self._registry.sequences
+
+    async def receive(self, message: Msg) -> None:
+        """Queue a delivery."""
         self._recovery.note_served()
         entry = await self._registry.add(message)
         form = message.reply.count(".")

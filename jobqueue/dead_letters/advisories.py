@@ -1,0 +1,100 @@
+"""The server's MAX_DELIVERIES advisories. Each is a hint that a message may be dead: anybody may have written it.
+
+Source: https://docs.nats.io/running-a-nats-service/nats_admin/monitoring/monitoring_jetstream (advisories).
+"""
+
+import json
+from contextlib import suppress
+from typing import NamedTuple, TypeGuard
+
+from nats.aio.client import Client
+from nats.js.api import PubAck
+
+from jobqueue.arguments import is_name
+from jobqueue.dead_letters.reading import StoredMessage, read_messages
+from jobqueue.durables import Durable
+from jobqueue.stored import parse_time
+from jobqueue.streams import ADVISORY, REQUEST_TIMEOUT, api_request, require_connection, require_stream
+
+ADVISORY_TYPE = "io.nats.jetstream.advisory.v1.max_deliver"
+
+
+class Hint(NamedTuple):
+    """What an advisory says of a message."""
+
+    sequence: int
+    consumer: str
+    deliveries: int = 0
+    died_at: int = 0  # nanoseconds; 0 if there is no advisory
+    advisories: tuple[int, ...] = ()  # the stream sequences of all advisories of this message
+
+
+async def require_streams(nc: Client, dlq_stream: str, stream: str) -> None:
+    """Check that both streams exist, and that the first one may have advisories of the other.
+
+    Raises:
+        Failure: they don't.
+    """
+    await require_stream(nc, stream, ">", "scripts/create_orders_stream.sh", stream, "SUBJECTS")
+    create = ("scripts/create_orders_unprocessed.sh", dlq_stream, stream)
+    await require_stream(nc, dlq_stream, f"{ADVISORY}.{stream}.*", *create)
+
+
+async def read_hints(nc: Client, dlq_stream: str, stream: str, after: int = 0) -> dict[int, Hint]:
+    """Return what the advisories say whose own stream sequence is above `after`, by the message's stream sequence."""
+    hints: dict[int, Hint] = {}
+
+    def take(advisory: StoredMessage) -> None:
+        with suppress(ValueError):
+            hint = parse_advisory(advisory.data, stream, advisory.stored_at)
+            others = hints[hint.sequence].advisories if hint.sequence in hints else ()
+            hints[hint.sequence] = hint._replace(advisories=(*others, advisory.sequence))
+
+    last = (await api_request(nc, f"STREAM.INFO.{dlq_stream}"))["state"]["last_seq"]
+    await read_messages(nc, dlq_stream, f"{ADVISORY}.{stream}.*", [(after + 1, last)], take)
+    return hints
+
+
+def parse_advisory(advisory: bytes, stream: str, stored_at: int = 0) -> Hint:
+    """Return what an advisory of the stream says, or raise ValueError if it is none.
+
+    Without a time of death in it that is `stored_at`, in nanoseconds.
+    """
+    try:
+        event = json.loads(advisory)
+    except RecursionError:
+        raise ValueError from None
+    if not isinstance(event, dict) or event.get("stream") != stream:
+        raise ValueError
+    consumer, deliveries, sequence = (event.get(key) for key in ("consumer", "deliveries", "stream_seq"))
+    if not is_name(consumer) or not _is_number(deliveries) or not _is_number(sequence):
+        raise ValueError
+    died_at = stored_at
+    with suppress(ValueError):
+        died_at = parse_time(str(event.get("timestamp")))
+    return Hint(sequence, consumer, deliveries, died_at)
+
+
+async def publish_advisory(nc: Client, stream: str, durable: Durable, sequence: int) -> PubAck:
+    """Publish an advisory like the server's own; within the duplicate window it is stored once, whoever publishes it.
+
+    `durable` is the message's, as the server has just described it.
+    """
+    message_id = f"{stream}.{durable.name}.{sequence}.{durable.created}"
+    advisory = {
+        "type": ADVISORY_TYPE,
+        "id": message_id,
+        "timestamp": durable.described_at,
+        "stream": stream,
+        "consumer": durable.name,
+        "stream_seq": sequence,
+        "deliveries": max(durable.config["max_deliver"], 1),
+        "max_deliver": durable.config["max_deliver"],
+    }
+    subject, headers = f"{ADVISORY}.{stream}.{durable.name}", {"Nats-Msg-Id": message_id}
+    require_connection(nc, durable.reconnects)
+    return await nc.jetstream().publish(subject, json.dumps(advisory).encode(), REQUEST_TIMEOUT, headers=headers)
+
+
+def _is_number(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 < value < 2**64  # JSON's true is no number

@@ -1,0 +1,94 @@
+"""All dead letters of a stream, with and without an advisory, each of them once."""
+
+import asyncio
+import base64
+from collections.abc import AsyncIterator
+from typing import Any
+
+from nats.aio.client import Client
+
+from jobqueue.dead_letters.advisories import Hint, read_hints
+from jobqueue.dead_letters.counting import count_dead
+from jobqueue.dead_letters.headers import find_header, read_headers
+from jobqueue.dead_letters.reading import ReadWindow
+from jobqueue.dead_letters.searching import find_unnamed
+from jobqueue.dead_letters.verifying import CONFIRM_DELAY, DeadLetter, Verifier
+from jobqueue.stored import format_time
+from jobqueue.tasks import run_all, run_for_each
+
+COUNTS = 3  # of the dead letters; under traffic one alone may be wrong
+COUNT_INTERVAL = 0.1  # seconds
+
+
+async def find_candidates(
+    nc: Client, dlq_stream: str, verifier: Verifier, sequences: set[int]
+) -> tuple[list[Hint], dict[int, str]]:
+    """Return the messages that may be dead, by their stream sequences, and why others are alive.
+
+    Args:
+        nc: the connection.
+        dlq_stream: the stream of the advisories.
+        verifier: tells which messages are dead.
+        sequences: the stream sequences of the messages that matter; all if it is empty.
+    """
+    hints = await read_hints(nc, dlq_stream, verifier.stream)
+    durables = await verifier.durables.find_all()
+    if sequences:
+        unnamed = Hint(0, durables[0].name if durables else "")
+        hints = {number: hints.get(number, unnamed._replace(sequence=number)) for number in sequences}
+    elif await _are_some_dead(nc, verifier):
+        for durable in durables:
+            for number in await find_unnamed(nc, verifier.stream, durable, hints):
+                hints[number] = Hint(number, durable.name)
+    alive: dict[int, str] = {}
+
+    async def ask(hint: Hint) -> None:
+        if why := (await verifier.why_alive(hint.sequence, hint.consumer))[1]:
+            alive[hint.sequence] = why
+
+    if any(durable.has_replicas for durable in durables):
+        await run_for_each(hints.values(), ask)
+        await asyncio.sleep(CONFIRM_DELAY)
+    return [hints[number] for number in sorted(hints) if number not in alive], alive
+
+
+async def _are_some_dead(nc: Client, verifier: Verifier) -> bool:
+    """Return whether some are dead by the server's counts; if not, nothing that waits for a retry is asked about."""
+    for _ in range(COUNTS):
+        if any(dead > 0 for dead in await count_dead(nc, verifier.stream, await verifier.durables.find_all())):
+            return True
+        await asyncio.sleep(COUNT_INTERVAL)
+    return False
+
+
+async def read_dead_letters(nc: Client, verifier: Verifier, candidates: list[Hint]) -> AsyncIterator[DeadLetter]:
+    """Yield the candidates that are dead; only a few are in memory at a time."""
+    window, begin = ReadWindow(nc), 0
+    while some := candidates[begin : begin + window.size]:
+        begin += len(some)
+        found = [letter for letter, _ in await run_all(verifier.look(hint) for hint in some) if letter]
+        window.adapt(letter.message for letter in found)
+        for letter in found:
+            yield letter
+
+
+def as_json(letter: DeadLetter) -> dict[str, Any]:
+    """Return all that is known of a dead letter. A header that is repeated has a list of its values."""
+    message = letter.message
+    try:
+        payload = {"payload": message.data.decode()}
+    except UnicodeDecodeError:
+        payload = {"payload_base64": base64.b64encode(message.data).decode()}
+    headers: dict[str, Any] = {}
+    for name, value in read_headers(message.header_block):
+        headers[name] = [*headers.get(name, []), value]
+    return {
+        "sequence": message.sequence,
+        "subject": message.subject,
+        "published": format_time(message.stored_at),
+        "died": format_time(letter.died_at) if letter.died_at else None,
+        "deliveries": letter.deliveries,
+        "id": find_header(message.header_block, "Nats-Msg-Id") or None,
+        "headers": {name: values if len(values) > 1 else values[0] for name, values in headers.items()},
+        **payload,
+    }

@@ -1,0 +1,229 @@
+"""What an operator does with dead letters: redrive or discard some of them, or all.
+
+An operator is one more DLQ processor: what the server delivers to it nobody else gets. An advisory that was delivered
+before, and waits for a retry, is leased: a nak with a delay keeps it from everybody. If a DLQ processor has it in
+flight, a heartbeat follows within the ack wait; then it is skipped. Whoever is killed, its leases end by themselves.
+"""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable
+
+from nats.aio.msg import Msg
+from nats.errors import Error
+from nats.js.api import AckPolicy, ConsumerConfig
+
+from jobqueue.client import Client
+from jobqueue.dead_letters.advisories import Hint, publish_advisory
+from jobqueue.dead_letters.inventory import find_candidates
+from jobqueue.dead_letters.pending import Pending, delayed_nak
+from jobqueue.dead_letters.reading import get_message
+from jobqueue.dead_letters.removing import redrive, remove
+from jobqueue.dead_letters.verifying import GONE, DeadLetter, Verifier
+from jobqueue.durables import Durable, Durables, shortest_ack_wait
+from jobqueue.errors import describe_error, printable
+from jobqueue.in_flight import ACK
+from jobqueue.streams import REQUEST_TIMEOUT, ack_subject, parse_ack_subject
+from jobqueue.tasks import run_for_each
+from jobqueue.time_limit import TimeLimit
+from jobqueue.worker import Worker
+
+log = logging.getLogger(__name__)
+
+CONCURRENCY = 8  # dead letters at a time: what is published again and not removed is done twice if we are killed
+LEASE = 30.0  # seconds
+RELEASE_DELAY = 0.001  # seconds
+RETRY_DELAY = 3.0  # seconds; then our last pull request has ended, and a DLQ processor gets what was skipped
+ACK_WAIT = 5.0  # seconds, of a durable that no DLQ processor has configured yet
+HEARTBEAT_LATENESS = 0.5  # seconds until a heartbeat has arrived
+WATCH_INTERVAL = 0.2  # seconds
+IN_FLIGHT = "a DLQ processor or another operator has it in flight"
+
+
+class Operation:
+    """Redrives dead letters, or discards them after it has called `discard` with each.
+
+    After the shutdown no further one is begun; it is set at the end. The connection must not echo what it sends.
+    """
+
+    def __init__(
+        self,
+        nc: Client,
+        dlq_stream: str,
+        dlq_durable: str,
+        stream: str,
+        discard: Callable[[DeadLetter], None] | None,
+        shutdown: asyncio.Event,
+    ) -> None:
+        self.tally: Counter[str] = Counter()
+        self._nc = nc
+        self._dlq_stream = dlq_stream
+        self._durable = dlq_durable
+        self._stream = stream
+        self._discard = discard
+        self._shutdown = shutdown
+        self._is_for_all = False
+        self._wanted: dict[int, Hint] = {}  # by the stream sequence of an advisory
+        self._heard: set[int] = set()  # advisories that somebody else sent something about
+        self._verifier = Verifier(nc, stream)
+        self._pending = Pending(nc, dlq_stream)
+        self._durables = Durables(nc, dlq_stream)
+        config = ConsumerConfig(
+            name=dlq_durable, durable_name=dlq_durable, ack_policy=AckPolicy.EXPLICIT, ack_wait=ACK_WAIT, max_deliver=-1
+        )
+        time_limit = TimeLimit(REQUEST_TIMEOUT)  # which nothing is run with
+        self._worker = Worker(nc, dlq_stream, config, self._handle, CONCURRENCY, time_limit)
+
+    async def run(self, sequences: set[int]) -> None:
+        """Handle the dead letters with these stream sequences, or all if there are none; name those that are skipped.
+
+        Raises:
+            nats.errors.Error: a request timed out.
+        """
+        self._is_for_all = not sequences
+        await self._verifier.start()
+        for prefix in ("$JS.ACK", "$JS.ACK.*.*"):  # both forms of ack subjects
+            await self._nc.subscribe(f"{prefix}.{self._dlq_stream}.{self._durable}.>", cb=self._hear)
+        await self._pending.start()
+        candidates, alive = await find_candidates(self._nc, self._dlq_stream, self._verifier, sequences)
+        for number in sequences & alive.keys():
+            self._skip(number, f"it {alive[number]}")
+        await run_for_each(candidates, self._want)
+        working = asyncio.create_task(self._worker.run(self._shutdown))
+        try:
+            while self._wanted and not self._shutdown.is_set() and not working.done():
+                await self._watch()
+                await asyncio.sleep(WATCH_INTERVAL)
+        finally:
+            self._shutdown.set()
+            await working
+        self.tally["skipped"] += len({hint.sequence for hint in self._wanted.values()})
+
+    async def _want(self, hint: Hint) -> None:
+        """Take a candidate into account; publish an advisory of it if it has none, as a DLQ processor would."""
+        try:
+            if not hint.advisories:
+                letter, why = await self._verifier.look(hint)
+                if not letter:
+                    self._skip_alive(hint.sequence, why)
+                    return
+                stored = await publish_advisory(self._nc, letter.stream, letter.durable, hint.sequence)
+                hint = hint._replace(advisories=(stored.seq,))
+            self._wanted |= dict.fromkeys(hint.advisories, hint)
+        except (Error, TimeoutError) as error:
+            self._skip(hint.sequence, describe_error(error))
+
+    async def _watch(self) -> None:
+        """Lease the advisories that were delivered to somebody else. Raise an error if others can't be delivered."""
+        durable = await self._durables.find(self._durable, since=asyncio.get_running_loop().time())
+        if not durable:
+            return
+        delivered = [advisory for advisory in self._wanted if advisory <= durable.delivered]
+        if others := [advisory for advisory in delivered if not self._worker.has(advisory)]:
+            await self._lease(durable, others)
+        elif len(delivered) < len(self._wanted) and not self._worker.in_flight:
+            self._check_deliveries(durable)
+
+    def _check_deliveries(self, durable: Durable) -> None:
+        name, limit = durable.name, durable.config.get("max_ack_pending") or -1
+        if durable.is_paused:
+            raise Error(f"{name} is paused: run `nats consumer resume -f {self._dlq_stream} {name}` first")
+        if 0 < limit <= durable.pending:
+            edit = f"nats consumer edit -f {self._dlq_stream} {name} --max-pending 100000"
+            raise Error(f"{name} has {limit} pending advisories, and may not have more: run `{edit}` first")
+
+    async def _lease(self, durable: Durable, advisories: list[int]) -> None:
+        """Take advisories that wait for a retry, and skip those that somebody else has in flight."""
+        self._heard -= set(advisories)
+        pending: list[int] = []
+
+        async def ask(advisory: int) -> None:
+            nak = delayed_nak(LEASE)
+            if await self._pending.ask(self._durable, durable.consumer_seq, advisory, nak, durable.reconnects):
+                pending.append(advisory)
+
+        await run_for_each(advisories, ask)
+        if pending:
+            await asyncio.sleep(shortest_ack_wait(durable.config) + HEARTBEAT_LATENESS)
+        for advisory in advisories:
+            if advisory in self._wanted and not self._worker.has(advisory):
+                await self._take(durable, advisory)
+
+    async def _take(self, durable: Durable, advisory: int) -> None:
+        """Process an advisory as if it had just been delivered, unless somebody else has it."""
+        hint = self._wanted[advisory]
+        found = await get_message(self._nc, self._dlq_stream, advisory)
+        if found and advisory not in self._heard:
+            reply = ack_subject(self._dlq_stream, durable.name, 1, advisory, durable.consumer_seq, found.stored_at)
+            await self._worker.receive(Msg(self._nc, found.subject, reply, found.data))
+            return
+        for other in hint.advisories:
+            self._wanted.pop(other, None)
+        if found:
+            self._skip(hint.sequence, IN_FLIGHT)
+        else:
+            self._skip_alive(hint.sequence, GONE)
+
+    async def _handle(self, advisory: Msg) -> bytes:
+        sequence = advisory.metadata.sequence.stream
+        if not (hint := self._wanted.get(sequence)) or sequence in self._heard:  # then `_watch` leases it
+            return delayed_nak(LEASE)
+        if self._shutdown.is_set():
+            return delayed_nak(RELEASE_DELAY)
+        del self._wanted[sequence]
+        if any(other in self._wanted for other in hint.advisories):  # a DLQ processor may still have that one
+            return delayed_nak(LEASE)
+        try:
+            letter, why = await self._verifier.look(hint)
+            if letter:
+                await self._finish(letter, advisory)
+            else:
+                self._skip_alive(hint.sequence, why)
+            for other in set(hint.advisories) - {sequence}:
+                await self._nc.request(ack_subject(self._dlq_stream, self._durable, 1, other), ACK, REQUEST_TIMEOUT)
+        except (Error, TimeoutError) as error:
+            self._skip(hint.sequence, describe_error(error))
+            return delayed_nak(RETRY_DELAY)
+        return ACK
+
+    async def _finish(self, letter: DeadLetter, advisory: Msg) -> None:
+        """Redrive or discard a dead letter.
+
+        Raises:
+            nats.errors.Error: that was not possible, and the dead letter may still be there.
+        """
+        sequence, order = letter.message.sequence, printable(letter.message.data)
+        if self._discard:
+            self._discard(letter)
+            await self._check_in_flight(advisory)  # whoever reads the output may have made us wait
+            if not await remove(self._nc, letter):
+                raise Error("it is gone")
+            log.info("discarded %s: # %d in %s", order, sequence, self._stream)
+        else:
+            await self._check_in_flight(advisory)
+            stored = await redrive(self._nc, letter)
+            log.info("redriven %s: # %d in %s is # %d now", order, sequence, self._stream, stored)
+        self.tally["done"] += 1
+
+    async def _check_in_flight(self, advisory: Msg) -> None:
+        """Raise an error if somebody else has the advisory, since we were suspended, say.
+
+        A DLQ processor begins with a question about its advisory. We hear that before the answer to our own one.
+        """
+        metadata, nak = advisory.metadata, delayed_nak(ACK_WAIT)
+        sequence, reconnects = metadata.sequence, int(self._nc.stats["reconnects"])
+        await self._pending.ask(self._durable, sequence.consumer, sequence.stream, nak, reconnects)
+        if sequence.stream in self._heard:
+            raise Error(IN_FLIGHT)
+
+    async def _hear(self, message: Msg) -> None:
+        self._heard.add(parse_ack_subject(message.subject)[0])
+
+    def _skip_alive(self, sequence: int, why: str) -> None:
+        if not self._is_for_all:
+            self._skip(sequence, f"it {why}")
+
+    def _skip(self, sequence: int, why: str) -> None:
+        self.tally["skipped"] += 1
+        log.error("# %d in %s is skipped: %s", sequence, self._stream, why)

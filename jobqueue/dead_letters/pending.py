@@ -1,0 +1,89 @@
+"""Is a message pending? The one exact question about a message that the server answers."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from contextlib import suppress
+
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+
+from jobqueue.streams import REQUEST_TIMEOUT, ack_subject, require_connection
+
+NAKED = "$JS.EVENT.ADVISORY.CONSUMER.MSG_NAKED"  # .<stream>.<consumer>
+
+
+class Pending:
+    """Asks durables of a stream whether a message is pending: delivered, and neither acked nor exhausted.
+
+    JetStream lists no pending messages, but it answers for one: a nak. For a message that is pending the server
+    publishes a MSG_NAKED advisory with its stream sequence, and then answers the nak. For any other message (acked,
+    dead, never delivered) it publishes nothing, changes nothing, and answers. Seen on nats-server 2.10.25 to 2.15.1, on
+    one server and on three replicas, from any server of the cluster; with both forms of ack subjects, since every
+    server takes version 1 of a nak.
+
+    - The consumer sequence of the nak must lie above the ack floor's and up to the last delivered one. That of the last
+      delivery will do: a pending message keeps the number of its first delivery, and the floor stays below that.
+    - So the answer holds for messages that the durable had delivered when it was described (`Durable.delivered`).
+    - The nak has a delay. What is being processed is not disturbed: its next heartbeat restarts its ack wait. What
+      waits for a retry waits anew.
+    - On a single server the ack of a message is processed as a whole, before the next nak. So a message that is not
+      pending, and is still stored when it is read after that, was not acked. On replicas it may leave a moment later.
+
+    `on_failed` is called with the durable and the stream sequence when a consumer naks a message after a redelivery.
+    """
+
+    def __init__(self, nc: Client, stream: str, on_failed: Callable[[str, int], None] = lambda *_: None) -> None:
+        self._nc = nc
+        self._stream = stream
+        self._on_failed = on_failed
+        self._asked: dict[tuple[str, int], list[asyncio.Event]] = {}  # by durable and stream sequence
+        self._advisories: Subscription | None = None
+
+    async def start(self) -> None:
+        """Subscribe to the advisories. The server ends the script at once if that is not permitted."""
+        # With a limit an advisory could be dropped, and its message taken for dead.
+        self._advisories = await self._nc.subscribe(
+            f"{NAKED}.{self._stream}.*", cb=self._receive, pending_msgs_limit=0, pending_bytes_limit=0
+        )
+        await self._nc.flush()
+
+    async def ask(self, durable: str, consumer_seq: int, sequence: int, nak: bytes, reconnects: int) -> bool:
+        """Return whether a message is pending.
+
+        Args:
+            durable: the durable's name.
+            consumer_seq: the number of a delivery: the message's own one, or the last one of all.
+            sequence: the message's stream sequence.
+            nak: what to ask by, from `delayed_nak`.
+            reconnects: those of the connection when the message, or the durable, was known to be there.
+        """
+        assert self._advisories
+        has_answered, key = asyncio.Event(), (durable, sequence)
+        self._asked.setdefault(key, []).append(has_answered)
+        try:
+            require_connection(self._nc, reconnects)
+            await self._nc.request(ack_subject(self._stream, durable, 1, sequence, consumer_seq), nak, REQUEST_TIMEOUT)
+            while self._advisories.pending_msgs:  # they have come before the answer
+                await asyncio.sleep(0)
+            require_connection(self._nc, reconnects)
+            return has_answered.is_set()
+        finally:
+            self._asked[key].remove(has_answered)
+            if not self._asked[key]:
+                del self._asked[key]
+
+    async def _receive(self, message: Msg) -> None:
+        with suppress(ValueError, TypeError, KeyError):
+            advisory = json.loads(message.data)
+            key = advisory["consumer"], advisory["stream_seq"]
+            for has_answered in self._asked.get(key, ()):
+                has_answered.set()
+            if advisory["deliveries"] > 1:  # nobody's question
+                self._on_failed(*key)
+
+
+def delayed_nak(seconds: float) -> bytes:
+    """Return a nak after which the message is redelivered when some seconds are over."""
+    return Msg.Ack.Nak + b' {"delay": %d}' % (seconds * 1e9)

@@ -1,0 +1,101 @@
+"""Reading a stream's messages by their sequences, since a work queue takes no second consumer that could read them."""
+
+import base64
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from nats.aio.client import Client
+from nats.js.errors import NotFoundError
+
+from jobqueue.stored import NO_MESSAGE_FOUND, parse_time
+from jobqueue.streams import API_TIMEOUT, api_request
+from jobqueue.tasks import run_all
+
+READ_TIMEOUTS = (API_TIMEOUT, 5.0, 30.0)  # seconds of the attempts; the last one has time for 4 MB at 1 Mbit/s
+MAX_READS = 64  # at a time, so that a round trip of 100 ms costs a minute for 40,000 messages
+MAX_READ_BYTES = 4 * 2**20  # that are read at a time, if the next messages are no larger than the last ones
+MAX_PENDING = 48 * 2**20  # bytes that may be on their way at worst; the server ends a connection at 64 MiB
+ENCODED = 1.4  # bytes in an answer for each byte of a message
+FRESH_FOR = 0.5  # seconds
+
+
+class StoredMessage(NamedTuple):
+    """A message as its stream has it."""
+
+    sequence: int
+    subject: str
+    stored_at: int  # nanoseconds
+    data: bytes
+    header_block: bytes  # as on the wire; empty if it has none
+    read_at: float  # time.monotonic()
+    reconnects: int  # of the connection until then
+
+    def is_fresh(self, nc: Client) -> bool:
+        """Return whether it was just read on this connection, so that its sequence cannot have another message."""
+        is_same_connection = nc.is_connected and self.reconnects == nc.stats["reconnects"]
+        return is_same_connection and time.monotonic() - self.read_at < FRESH_FOR
+
+
+async def get_message(nc: Client, stream: str, sequence: int, subject: str | None = None) -> StoredMessage | None:
+    """Return the message with a stream sequence, as the stream's leader has it; None if there is none.
+
+    With a subject it is the first message from that sequence on whose subject that matches.
+    """
+    request: dict[str, Any] = {"seq": sequence} | ({"next_by_subj": subject} if subject else {})
+    for timeout in READ_TIMEOUTS:
+        now = time.monotonic(), nc.stats["reconnects"]
+        try:
+            found = (await api_request(nc, f"STREAM.MSG.GET.{stream}", request, timeout))["message"]
+            break
+        except TimeoutError:
+            if timeout == READ_TIMEOUTS[-1] or not nc.is_connected:
+                raise
+        except NotFoundError as error:
+            if error.err_code == NO_MESSAGE_FOUND:
+                return None
+            raise
+    data, headers = (base64.b64decode(found.get(field, "")) for field in ("data", "hdrs"))
+    return StoredMessage(found["seq"], found["subject"], parse_time(found["time"]), data, headers, *now)
+
+
+class ReadWindow:
+    """How many messages to read at a time: fewer where they are large."""
+
+    def __init__(self, nc: Client) -> None:
+        # Nobody could have stored a larger message, unless `max_payload` was lowered since.
+        self.limit = max(1, min(MAX_READS, int(MAX_PENDING / (ENCODED * nc.max_payload))))
+        self.size = min(4, self.limit)
+
+    def adapt(self, messages: Iterable[StoredMessage | None]) -> None:
+        """Choose the next size by the largest of the last messages."""
+        largest = max((len(message.data) for message in messages if message), default=0)
+        self.size = max(1, min(self.limit, int(MAX_READ_BYTES / (ENCODED * largest + 1))))
+
+
+async def read_messages(
+    nc: Client, stream: str, subject: str, ranges: Iterable[tuple[int, int]], take: Callable[[StoredMessage], None]
+) -> None:
+    """Call `take` with each message in some ranges of stream sequences whose subject matches, in any order.
+
+    Each request finds the next message, so gaps cost nothing. Several ranges are read at a time; they are halved
+    until there are enough of them.
+    """
+    unread, window = [(first, last) for first, last in ranges if first <= last], ReadWindow(nc)
+    while unread:
+        while len(unread) < window.size and (widest := max(unread, key=_width))[0] < widest[1]:
+            unread.remove(widest)
+            middle = sum(widest) // 2
+            unread += [(widest[0], middle), (middle + 1, widest[1])]
+        some, unread[-window.size :] = unread[-window.size :], []
+        found = await run_all(get_message(nc, stream, first, subject) for first, _ in some)
+        for message, (_, last) in zip(found, some, strict=True):
+            if message and message.sequence <= last:
+                take(message)
+                if message.sequence < last:
+                    unread.append((message.sequence + 1, last))
+        window.adapt(found)
+
+
+def _width(sequences: tuple[int, int]) -> int:
+    return sequences[1] - sequences[0]

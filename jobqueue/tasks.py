@@ -1,0 +1,32 @@
+"""Several requests at a time: never more than the connection and the memory can take."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+async def run_all(coroutines: Iterable[Coroutine[Any, Any, R]]) -> list[R]:
+    """Return what the coroutines return; at the first error cancel the others, and raise it as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+async def run_for_each(items: Iterable[T], call: Callable[[T], Awaitable[None]], at_a_time: int = 64) -> None:
+    """Call a function with each item, so many at a time; at the first error cancel the others, and raise it.
+
+    A task for each of 100,000 items would block the event loop until the requests of the first ones time out.
+    """
+    iterator = iter(items)
+
+    async def work() -> None:
+        for item in iterator:
+            await call(item)
+
+    await run_all(work() for _ in range(at_a_time))
