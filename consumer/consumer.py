@@ -86,6 +86,8 @@ async def handle(durables: Durables, time_limit: TimeLimit, order: Msg) -> bytes
     if not isinstance(error, SimulatedError):
         why = f": {describe_failure(error, delivery.num_delivered, MAX_DELIVER, delivery.sequence.stream)}"
     log.info("error processing %s%s", printable(order.data), why)
+    if order.is_acked:  # by `order.nak()` in `process`, say: then that counts
+        return LEAVE
     if delivery.num_delivered >= MAX_DELIVER and await durables.has_max_deliver(DURABLE, MAX_DELIVER):
         log.info("%s will be processed via DLQ", printable(order.data))
         return NAK  # so that the server publishes the advisory at once, and not after the back-off

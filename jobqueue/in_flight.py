@@ -158,9 +158,9 @@ class Registry:
                 await self._send_ack(entry, now)
 
     async def send_heartbeats(self) -> None:
-        """Let the ack wait of each message begin again."""
+        """Let the ack wait of each message begin again, unless the user's own work has acked or nak'd it."""
         for entry in list(self._entries.values()):
-            if self._may_send(entry):
+            if self._may_send(entry) and not entry.message.is_acked:
                 await self._nc.publish(entry.ack_subject, Msg.Ack.Progress)
 
     def _may_send(self, entry: Entry) -> bool:

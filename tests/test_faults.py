@@ -261,7 +261,7 @@ async def test_what_all_work_depends_on_is_away(
     body = f"""from pathlib import Path
     if Path({str(away)!r}).exists():
         raise ConnectionError
-    log.info("done with %s", printable(order.data))"""
+    log.info("done with %s", order.data.decode())"""
     consumer = (with_body("consumer/consumer.py", "process", body, tmp_path), *CONSUMER[1:], "--concurrency", "4")
     dlq = (with_body("dlq/consumer.py", "reprocess", body, tmp_path), *DLQ[1:], "--concurrency", "4")
     async with server.script(*consumer) as working, server.script(*dlq) as reprocessing:

@@ -94,7 +94,8 @@ class Processing:
         return await self._advisories.ask(metadata.consumer, sequence.consumer, sequence.stream, nak, reconnects)
 
     async def _look(self, hint: Hint) -> tuple[DeadLetter | None, str]:
-        await probe_ack(self._nc, ack_subject(self._stream, hint.consumer, 1, hint.sequence))  # refused now, not later
+        # Refused now, and not after the work.
+        await probe_ack(self._nc, ack_subject(self._stream, hint.consumer, hint.deliveries, hint.sequence))
         return await self._verifier.look(hint)
 
     async def _process(self, hint: Hint, letter: DeadLetter, attempt: int) -> bytes:

@@ -1,0 +1,220 @@
+"""dlq/manage.py in whatever state the streams and the durables are."""
+
+import asyncio
+import base64
+import json
+import signal
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from nats.aio.client import Client
+
+from tests.harness import (
+    DLQ,
+    Server,
+    dead_letters,
+    durable_info,
+    emptied,
+    holds,
+    messages,
+    publish,
+    pull,
+    request,
+    state,
+    until,
+    with_body,
+)
+from tests.proxy import proxied
+from tests.test_manage import BOTH, listed, manage
+
+DLQ_DURABLE = "unprocessed_order_handler"
+
+
+async def create_durable(nc: Client, **fields: object) -> None:
+    """Create the DLQ's durable as an operator would."""
+    config = {"durable_name": DLQ_DURABLE, "ack_policy": "explicit", **fields}
+    made = {"stream_name": "orders_unprocessed", "config": config}
+    assert "error" not in await request(nc, f"CONSUMER.DURABLE.CREATE.orders_unprocessed.{DLQ_DURABLE}", made)
+
+
+async def test_limits_of_an_operator_hold_up_nothing(server: Server, nc: Client) -> None:
+    await dead_letters(nc, *(b"order-%d" % i for i in range(30)))
+    await create_durable(nc, max_batch=3, max_ack_pending=5, max_expires=10**9)
+    assert (await manage(server, "retry", "--all")).found("30 dead letters redriven, 0 skipped")
+    assert [await messages(nc, stream) for stream in BOTH] == [30, 0]
+
+
+async def test_a_durable_that_delivers_no_more_is_named(server: Server, nc: Client) -> None:
+    await dead_letters(nc, *(b"order-%d" % i for i in range(10)))
+    await create_durable(nc, max_ack_pending=3)
+    script = await manage(server, "retry", "9", status=1)
+    assert script.messages == [
+        "retry has not finished: unprocessed_order_handler has 3 pending advisories, and may not have more: run "
+        "`nats consumer edit -f orders_unprocessed unprocessed_order_handler --max-pending 100000` first; run it again"
+    ]
+    edit = "consumer edit -f orders_unprocessed unprocessed_order_handler --max-pending 100000"
+    assert (await server.run("nats", *edit.split())).process.returncode == 0
+    await manage(server, "retry", "9")
+
+
+async def test_a_paused_durable_is_named(server: Server, nc: Client) -> None:
+    await dead_letters(nc, b"order-0")
+    await create_durable(nc)
+    try:
+        end = {"pause_until": f"{datetime.now(UTC) + timedelta(hours=1):%Y-%m-%dT%H:%M:%SZ}"}
+        await request(nc, f"CONSUMER.PAUSE.orders_unprocessed.{DLQ_DURABLE}", end)
+    except TimeoutError:
+        pytest.skip("this nats-server cannot pause a durable")
+    script = await manage(server, "discard", "1", status=1)
+    assert script.messages == [
+        "discard has not finished: unprocessed_order_handler is paused: run "
+        "`nats consumer resume -f orders_unprocessed unprocessed_order_handler` first; run it again"
+    ]
+    resume = "consumer resume -f orders_unprocessed unprocessed_order_handler"
+    resumed = await server.run("nats", *resume.split())
+    assert resumed.process.returncode == 0, resumed.lines
+    await manage(server, "discard", "1")
+
+
+async def test_two_operators_at_once(server: Server, nc: Client) -> None:
+    """Each dead letter is redriven or discarded, and none is both."""
+    await dead_letters(nc, *(b"order-%d" % i for i in range(300)))
+    retrying, discarding = await asyncio.gather(
+        server.run("dlq/manage.py", *DLQ[1:], "retry", "--all"),
+        server.run("dlq/manage.py", *DLQ[1:], "discard", "--all", "--yes"),
+    )
+    redriven = {line.split(":")[0] for line in retrying.found("redriven (.*)")}
+    discarded = {line.split(":")[0] for line in discarding.found("discarded (.*)")}
+    assert not redriven & discarded
+    left = await listed(server)
+    assert len(redriven) + len(discarded) + len(left) == 300
+    assert await messages(nc, "orders_stream") == len(redriven) + len(left)
+
+
+async def test_dead_letters_that_wait_for_a_retry_are_handled_at_once(
+    server: Server, nc: Client, tmp_path: Path
+) -> None:
+    """Though a DLQ processor was at it, and is still running."""
+    await dead_letters(nc, *(b"order-%d" % i for i in range(100)))
+    failing = with_body("dlq/consumer.py", "reprocess", "raise ValueError", tmp_path)
+    async with server.script(failing, *DLQ[1:], "--concurrency", "8") as dlq:
+        await dlq.line("order-.* stays in orders_stream; next attempt in 10 s", 100)
+        script = await server.run("dlq/manage.py", *DLQ[1:], "retry", "--all")
+        redriven, skipped = len(script.found("redriven .*")), len(script.found("# .* is skipped: .*"))
+        assert redriven + skipped == 100
+        assert await messages(nc, "orders_unprocessed") == skipped
+        assert redriven > 50
+
+
+async def test_large_dead_letters(server: Server, nc: Client) -> None:
+    orders = [b"%d" % i + b"x" * 1_000_000 for i in range(40)]
+    await dead_letters(nc, *orders)
+    assert [one["sequence"] for one in await listed(server)] == list(range(1, 41))
+    await manage(server, "retry", "7")
+    await manage(server, "discard", "--all", "--yes")
+    assert [await messages(nc, stream) for stream in BOTH] == [1, 0]
+
+
+async def test_one_that_does_not_fit_is_skipped_and_the_others_go_on(bare_server: Server) -> None:
+    """`max_payload` is lowered, and the new id makes a message larger."""
+    server = bare_server
+    await server.create_streams()
+    async with server.client() as nc:
+        await dead_letters(nc, b"x" * 70_000, b"order-1", b"x" * 60_000)
+        config = (await request(nc, "STREAM.INFO.orders_stream"))["config"]
+        await request(nc, "STREAM.UPDATE.orders_stream", config | {"max_msg_size": 60_010})
+    server.configure("max_payload: 65536")
+    await server.restart(signal.SIGTERM)
+    script = await manage(server, "retry", "--all", status=1)
+    assert script.found("# 1 in orders_stream is skipped: maximum payload exceeded")
+    assert script.found("# 3 in orders_stream is skipped: message size exceeds maximum allowed .*")
+    assert script.found("1 dead letters redriven, 2 skipped")
+
+
+async def test_headers_are_kept_as_they_are(server: Server, nc: Client) -> None:
+    await dead_letters(nc, b"dead-0")
+    block = b"NATS/1.0\r\nb: 1\r\na: x\r\nb: 2\r\nfolded: one\r\n two\r\nlatin: \xe9\r\na/b c: ok\r\n"
+    instruction = b"nats-expected-last-sequence: 0\r\nNats-Msg-Id: mine\r\n"
+    total = len(block) + len(instruction) + 2
+    line = b"HPUB orders.new %d %d\r\n" % (total, total + 7)
+    await nc._send_command(line + block + instruction + b"\r\n" + b"order-0\r\n")
+    await nc.flush()
+    await pull(nc, "orders_stream", "processor", 3)
+    await until(lambda: holds(nc, "orders_unprocessed", 2))
+    _, found = await listed(server)
+    assert found["headers"] == {
+        **{"b": ["1", "2"], "a": "x", "folded": "one\r\n two", "latin": "\\xe9", "a/b c": "ok"},
+        **{"nats-expected-last-sequence": "0", "Nats-Msg-Id": "mine"},
+    }
+    await manage(server, "retry", "2")
+    stored = (await request(nc, "STREAM.MSG.GET.orders_stream", {"seq": 3}))["message"]
+    added = b"Nats-Expected-Stream: orders_stream\r\nNats-Msg-Id: mine.retry-2\r\n"
+    assert base64.b64decode(stored["hdrs"]) == block + added + b"\r\n"
+
+
+async def test_each_dead_letter_is_listed_once_whatever_advisories_there_are(server: Server, nc: Client) -> None:
+    """Some are out of date, repeated, or of another stream; and three dead letters have none."""
+    await dead_letters(nc, *(b"dead-%d" % i for i in range(3)))
+    await request(nc, "STREAM.PURGE.orders_unprocessed")
+    await dead_letters(nc, b"dead-3", b"gone")
+    await nc.request("$JS.ACK.orders_stream.processor.2.5.0.0.0", b"+ACK")
+    config = (await request(nc, "STREAM.INFO.orders_unprocessed"))["config"]
+    subjects = [*config["subjects"], config["subjects"][0].replace("orders_stream", "emails_stream")]
+    await request(nc, "STREAM.UPDATE.orders_unprocessed", config | {"subjects": subjects})
+    advisory = {"stream": "orders_stream", "consumer": "processor", "deliveries": 2}
+    for sequence in (4, 4, 5, 5, 99):
+        payload = json.dumps(advisory | {"stream_seq": sequence}).encode()
+        await publish(nc, payload, subject=config["subjects"][0].replace("*", "processor"))
+    for sequence in range(5):
+        payload = json.dumps(advisory | {"stream": "emails_stream", "stream_seq": sequence + 1}).encode()
+        await publish(nc, payload, subject=subjects[1].replace("*", "processor"))
+    assert [one["sequence"] for one in await listed(server)] == [1, 2, 3, 4]
+    await manage(server, "discard", "--all", "--yes")
+    assert await listed(server) == []
+
+
+async def test_a_request_that_times_out_ends_in_one_line(server: Server, nc: Client) -> None:
+    await dead_letters(nc, *(b"order-%d" % i for i in range(200)))
+    async with proxied(server.port) as proxy:
+        stalled = asyncio.Event()
+
+        def drops(piece: bytes) -> bool:
+            if b"STREAM.MSG.GET.orders_stream" in piece and not stalled.is_set():
+                stalled.set()
+                asyncio.get_running_loop().call_soon(proxy.cut)
+            return False
+
+        proxy.drops = drops
+        script = await manage(server, "list", status=1, NATS_URL=proxy.url)
+    assert script.messages[-1].startswith("list has not finished: ")
+    assert script.messages[-1].endswith("; run it again")
+    assert not [line for line in script.lines if "Traceback" in line]
+
+
+async def test_the_state_of_a_queue(server: Server, nc: Client) -> None:
+    await dead_letters(nc, b"dead-0", b"dead-1", backoff=0.1)
+    await publish(nc, b"order-2", b"order-3")
+    assert json.loads((await manage(server, "status", "--json")).lines[0]) == {
+        **{"waiting": 2, "pending": 0, "dead": 2, "untaken": 0, "pull_requests": 0, "paused": []},
+        "oldest": (await state(nc, "orders_stream"))["first_ts"],
+        "streams": {
+            stream: {"messages": found["messages"], "bytes": found["bytes"], "full": pytest.approx(0, abs=0.001)}
+            for stream in BOTH
+            if (found := await state(nc, stream))
+        },
+    }
+    lines = (await manage(server, "status")).lines
+    assert lines[:2] == ["waiting        2", "pending        0"]
+    assert lines[-1].startswith("orders_unprocessed: 2 messages, ")
+    await request(nc, "CONSUMER.DELETE.orders_stream.processor")
+    config = {"durable_name": "processor", "ack_policy": "explicit", "filter_subject": "orders.other"}
+    made = {"stream_name": "orders_stream", "config": config}
+    assert "error" not in await request(nc, "CONSUMER.CREATE.orders_stream.processor.orders.other", made)
+    await publish(nc, b"order-4", subject="orders.other")
+    status = json.loads((await manage(server, "status", "--json")).lines[0])
+    assert [status[field] for field in ("waiting", "dead", "untaken")] == [1, 0, 4]
+    await durable_info(nc, "orders_stream", "processor")
+    await request(nc, "STREAM.PURGE.orders_stream")
+    await emptied(nc, "orders_stream")
+    assert json.loads((await manage(server, "status", "--json")).lines[0])["oldest"] is None
