@@ -199,7 +199,7 @@ async def test_a_dlq_processor_begins_nothing_that_an_operator_has_handled(
         dlq.process.send_signal(signal.SIGSTOP)
         await manage(server, "retry", "2")
         dlq.process.send_signal(signal.SIGCONT)
-        await dlq.line("dead letter # 2 in orders_stream: its advisory is gone")
+        await dlq.line("nothing to reprocess: stream sequence # 2 in orders_stream is gone")
         assert dlq.found("reprocessing .*") == ["reprocessing order order-0"]
 
 

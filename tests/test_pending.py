@@ -208,7 +208,7 @@ async def test_without_the_servers_answers_nothing_is_taken_for_dead(server: Ser
     code = "import runpy, sys\nimport jobqueue.dead_letters.pending as pending\npending.NAKED = 'nowhere'\n"
     code += "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
     async with server.script("-c", code, *DLQ, PYTHONPATH=".") as dlq:
-        await dlq.line("dead letter # 1 in orders_stream: its advisory is gone")
+        await dlq.line("advisory # 1 in orders_unprocessed is gone, or not pending")
         assert await dlq.stop() == 0
         assert not dlq.found("reprocessing .*")
     assert [await messages(nc, stream) for stream in BOTH] == [1, 1]

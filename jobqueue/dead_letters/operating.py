@@ -36,6 +36,7 @@ LEASE = 30.0  # seconds
 RELEASE_DELAY = 0.001  # seconds
 RETRY_DELAY = 3.0  # seconds; then our last pull request has ended, and a DLQ processor gets what was skipped
 ACK_WAIT = 5.0  # seconds, of a durable that no DLQ processor has configured yet
+MAX_ACK_PENDING = 100_000  # as DLQ processors have it
 HEARTBEAT_LATENESS = 0.5  # seconds until a heartbeat has arrived
 WATCH_INTERVAL = 0.2  # seconds
 IN_FLIGHT = "a DLQ processor or another operator has it in flight"
@@ -70,7 +71,12 @@ class Operation:
         self._pending = Pending(nc, dlq_stream)
         self._durables = Durables(nc, dlq_stream)
         config = ConsumerConfig(
-            name=dlq_durable, durable_name=dlq_durable, ack_policy=AckPolicy.EXPLICIT, ack_wait=ACK_WAIT, max_deliver=-1
+            name=dlq_durable,
+            durable_name=dlq_durable,
+            ack_policy=AckPolicy.EXPLICIT,
+            ack_wait=ACK_WAIT,
+            max_deliver=-1,
+            max_ack_pending=MAX_ACK_PENDING,
         )
         time_limit = TimeLimit(REQUEST_TIMEOUT)  # which nothing is run with
         self._worker = Worker(nc, dlq_stream, config, self._handle, CONCURRENCY, time_limit)
@@ -130,7 +136,7 @@ class Operation:
         if durable.is_paused:
             raise Error(f"{name} is paused: run `nats consumer resume -f {self._dlq_stream} {name}` first")
         if 0 < limit <= durable.pending:
-            edit = f"nats consumer edit -f {self._dlq_stream} {name} --max-pending 100000"
+            edit = f"nats consumer edit -f {self._dlq_stream} {name} --max-pending {MAX_ACK_PENDING}"
             raise Error(f"{name} has {limit} pending advisories, and may not have more: run `{edit}` first")
 
     async def _lease(self, durable: Durable, advisories: list[int]) -> None:

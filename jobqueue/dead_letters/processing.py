@@ -54,6 +54,7 @@ class Processing:
         self._time_limit = time_limit
         self._shutdown = shutdown
         self._advisories = Pending(nc, dlq_stream)
+        self._proven_on = -1  # the connection's reconnects when an answer was heard
         self._first_looks: dict[int, float] = {}  # by stream sequence: when it was first seen to be dead
         self._now = asyncio.get_running_loop().time
 
@@ -71,10 +72,7 @@ class Processing:
             log.warning("deleted, for it is no advisory of %s: %s", self._stream, printable(advisory.data))
             return TERM
         try:
-            if not await self._retry(hint, partial(self._is_in_flight, advisory)):
-                log.info("dead letter # %d in %s: its advisory is gone", hint.sequence, self._stream)
-                return LEAVE
-            letter, why = await self._retry(hint, partial(self._look, hint))
+            letter, why = await self._retry(hint, partial(self._look, hint, advisory))
             if letter:
                 return await self._process(hint, letter, advisory.metadata.num_delivered)
         except (*TRANSIENT_ERRORS, NotFoundError):  # a shutdown doesn't wait for the server
@@ -84,19 +82,28 @@ class Processing:
         log.info("nothing to reprocess: stream sequence # %d in %s %s", hint.sequence, self._stream, why)
         return ACK
 
-    async def _is_in_flight(self, advisory: Msg) -> bool:
-        """Return whether the advisory is still there: an operator may have handled it since it was delivered.
-
-        So this also shows that the server's answers get here: without them every message would look dead.
-        """
-        metadata, reconnects = advisory.metadata, int(self._nc.stats["reconnects"])
-        sequence, nak = metadata.sequence, delayed_nak(MIN_DELAY)
-        return await self._advisories.ask(metadata.consumer, sequence.consumer, sequence.stream, nak, reconnects)
-
-    async def _look(self, hint: Hint) -> tuple[DeadLetter | None, str]:
+    async def _look(self, hint: Hint, advisory: Msg) -> tuple[DeadLetter | None, str]:
+        # So an operator hears that we begin.
+        await probe_ack(self._nc, advisory.reply)
         # Refused now, and not after the work.
         await probe_ack(self._nc, ack_subject(self._stream, hint.consumer, hint.deliveries, hint.sequence))
+        if not await self._are_answers_heard(advisory):
+            return None, UNKNOWN
         return await self._verifier.look(hint)
+
+    async def _are_answers_heard(self, advisory: Msg) -> bool:
+        """Return whether the server's answers get here, once for each connection: else every message would look dead.
+
+        An advisory that is in flight is pending, unless an operator has removed it.
+        """
+        metadata, reconnects = advisory.metadata, int(self._nc.stats["reconnects"])
+        if self._proven_on != reconnects:
+            sequence, nak = metadata.sequence, delayed_nak(MIN_DELAY)
+            if not await self._advisories.ask(metadata.consumer, sequence.consumer, sequence.stream, nak, reconnects):
+                log.warning("advisory # %d in %s is gone, or not pending", sequence.stream, metadata.stream)
+                return False
+            self._proven_on = reconnects
+        return True
 
     async def _process(self, hint: Hint, letter: DeadLetter, attempt: int) -> bytes:
         if letter.durable.has_replicas and not self._is_confirmed(letter.sequence):

@@ -1,5 +1,6 @@
 """Reading a stream's messages by their sequences, since a work queue takes no second consumer that could read them."""
 
+import asyncio
 import base64
 import time
 from collections.abc import Callable, Iterable
@@ -74,12 +75,17 @@ class ReadWindow:
 
 
 async def read_messages(
-    nc: Client, stream: str, subject: str, ranges: Iterable[tuple[int, int]], take: Callable[[StoredMessage], None]
+    nc: Client,
+    stream: str,
+    subject: str,
+    ranges: Iterable[tuple[int, int]],
+    take: Callable[[StoredMessage], None],
+    share: float = 1.0,
 ) -> None:
     """Call `take` with each message in some ranges of stream sequences whose subject matches, in any order.
 
     Each request finds the next message, so gaps cost nothing. Several ranges are read at a time; they are halved
-    until there are enough of them.
+    until there are enough of them. Reading takes a share of the time, so that the process has some left for its work.
     """
     unread, window = [(first, last) for first, last in ranges if first <= last], ReadWindow(nc)
     while unread:
@@ -88,6 +94,7 @@ async def read_messages(
             middle = sum(widest) // 2
             unread += [(widest[0], middle), (middle + 1, widest[1])]
         some, unread[-window.size :] = unread[-window.size :], []
+        begun = time.monotonic()
         found = await run_all(get_message(nc, stream, first, subject) for first, _ in some)
         for message, (_, last) in zip(found, some, strict=True):
             if message and message.sequence <= last:
@@ -95,6 +102,8 @@ async def read_messages(
                 if message.sequence < last:
                     unread.append((message.sequence + 1, last))
         window.adapt(found)
+        if share < 1:
+            await asyncio.sleep((time.monotonic() - begun) * (1 / share - 1))
 
 
 def _width(sequences: tuple[int, int]) -> int:

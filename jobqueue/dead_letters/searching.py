@@ -62,10 +62,11 @@ class Search:
 
     async def _may_be_unnamed(self, durable: Durable, dead: int) -> bool:
         advisories = await count_advisories(self._nc, self._dlq_stream, self._verifier.stream, durable.name)
-        return dead > advisories or self._now() > self._counts_valid_until.get(durable.name, 0.0)
+        valid_until = self._counts_valid_until.setdefault(durable.name, self._now() + COUNT_VALID_FOR)
+        return dead > advisories or self._now() > valid_until
 
     async def _publish_missing(self, durable: Durable) -> None:
-        hints = await read_hints(self._nc, self._dlq_stream, self._verifier.stream)
+        hints = await read_hints(self._nc, self._dlq_stream, self._verifier.stream, share=MAX_LOOK_SHARE)
         read_up_to = max((hint.advisories[-1] for hint in hints.values()), default=0)
         unnamed = await find_unnamed(self._nc, self._verifier.stream, durable, hints)
         candidates = [sequence for sequence in unnamed if self._verifier.may_ask(durable, sequence)]

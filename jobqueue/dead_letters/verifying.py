@@ -63,9 +63,10 @@ class Verifier:
         durable, why = await self.why_alive(hint.sequence, hint.consumer)
         if why and durable:
             return None, why
-        asked_at = self._now()
-        # After the question: what was acked before that is gone.
-        message = await get_message(self._nc, self.stream, hint.sequence)
+        # After the question: what was acked before that is gone; and it may have been about a durable that is gone.
+        message, after = await asyncio.gather(
+            get_message(self._nc, self.stream, hint.sequence), self.durables.find(hint.consumer, since=self._now())
+        )
         if not message:
             return None, GONE
         if not durable or not durable.takes(message.subject):
@@ -73,8 +74,7 @@ class Verifier:
             if other:
                 return await self.look(hint._replace(consumer=other.name))
             return None, why or f"is not for the durable {hint.consumer}, and no other one takes it"
-        after = await self.durables.find(durable.name, since=asked_at)
-        if not after or after.created != durable.created:  # the question may have been about another one
+        if not after or after.created != durable.created:
             return await self.look(hint)
         deliveries = hint.deliveries or max(durable.config["max_deliver"], 1)
         return DeadLetter(self.stream, after, deliveries, hint.died_at, message), ""
