@@ -17,7 +17,7 @@ from jobqueue.tasks import run_for_each
 log = logging.getLogger(__name__)
 
 LOOK_INTERVAL = 2.5  # seconds between two looks
-MAX_LOOK_SHARE = 0.25  # of the time; with many dead letters a look takes long
+MAX_LOOK_SHARE = 0.25  # of the time, with however many dead letters
 COUNT_VALID_FOR = 10.0  # seconds for which advisories are just counted: some may be out of date, and hide a loss
 SETTLING_TIME = 5.0  # seconds in which most of the messages that were in flight are done
 
@@ -39,7 +39,6 @@ class Search:
         """Look for dead letters without an advisory, until cancelled."""
         complaint = ""
         while True:
-            begun = self._now()
             try:
                 await self._look()
                 complaint = ""
@@ -47,7 +46,7 @@ class Search:
                 if complaint != (reason := describe_error(error)):
                     complaint = reason
                     log.warning("cannot look for dead letters without an advisory: %s; trying again", reason)
-            await asyncio.sleep(max(LOOK_INTERVAL, (self._now() - begun) * (1 / MAX_LOOK_SHARE - 1)))
+            await asyncio.sleep(LOOK_INTERVAL)
 
     async def _look(self) -> None:
         durables = await self._verifier.durables.find_all()
@@ -55,10 +54,8 @@ class Search:
         for durable, dead in zip(durables, counts, strict=True):
             self._verifier.forget_served(durable)
             if dead > 0 and await self._may_be_unnamed(durable, dead):
-                begun = self._now()
                 await self._publish_missing(durable)
-                # Reading 100,000 advisories again and again would be too much.
-                self._counts_valid_until[durable.name] = self._now() + COUNT_VALID_FOR + 10 * (self._now() - begun)
+                self._counts_valid_until[durable.name] = self._now() + COUNT_VALID_FOR
 
     async def _may_be_unnamed(self, durable: Durable, dead: int) -> bool:
         advisories = await count_advisories(self._nc, self._dlq_stream, self._verifier.stream, durable.name)
@@ -68,7 +65,7 @@ class Search:
     async def _publish_missing(self, durable: Durable) -> None:
         hints = await read_hints(self._nc, self._dlq_stream, self._verifier.stream, share=MAX_LOOK_SHARE)
         read_up_to = max((hint.advisories[-1] for hint in hints.values()), default=0)
-        unnamed = await find_unnamed(self._nc, self._verifier.stream, durable, hints)
+        unnamed = await find_unnamed(self._nc, self._verifier.stream, durable, hints, MAX_LOOK_SHARE)
         candidates = [sequence for sequence in unnamed if self._verifier.may_ask(durable, sequence)]
         suspects: list[int] = []
         if not candidates:
@@ -86,18 +83,21 @@ class Search:
                     log.info("dead letter # %d in %s had no advisory: published one", sequence, letter.stream)
 
         await asyncio.sleep(SETTLING_TIME)
+        begun = self._now()
         await run_for_each(candidates, ask)
-        await asyncio.sleep(CONFIRM_DELAY)
+        await asyncio.sleep(max(CONFIRM_DELAY, (self._now() - begun) * (1 / MAX_LOOK_SHARE - 1)))
         named = await read_hints(self._nc, self._dlq_stream, self._verifier.stream, after=read_up_to)
         await run_for_each(suspects, publish)
 
 
-async def find_unnamed(nc: Client, stream: str, durable: Durable, hints: Mapping[int, Hint]) -> list[int]:
+async def find_unnamed(
+    nc: Client, stream: str, durable: Durable, hints: Mapping[int, Hint], share: float = 1.0
+) -> list[int]:
     """Return the stream sequences of what a durable has delivered, is still stored, and no advisory names."""
     found: set[int] = set()
     for subject in durable.filters:
         gaps = _gaps(sorted(hints), durable.delivered)
-        await read_messages(nc, stream, subject, gaps, lambda message: found.add(message.sequence))
+        await read_messages(nc, stream, subject, gaps, lambda message: found.add(message.sequence), share)
     return sorted(found)
 
 
