@@ -130,6 +130,8 @@ async def publish_many(nc: Client, subject: str, messages: AsyncIterator[Message
                 failure = error
             await pipeline.wait_for_room(WINDOW)
             watching.cancel()
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
     finally:
         with suppress(Error):
             await subscription.unsubscribe()
