@@ -290,13 +290,13 @@ async def test_the_commands_that_show_what_goes_on(server: Server, nc: Client) -
 
 async def test_the_runbooks_commands(server: Server, nc: Client, tmp_path: Path) -> None:
     lines = re.findall(r"^python dlq/manage.py .*$", (ROOT / "docs" / "dead-letters.md").read_text(), re.M)
-    listing, retry, retry_all, discard, discard_all = lines
+    status, listing, retry, retry_all, discard, discard_all = lines
     await publish(nc, *(b"order-%d" % i for i in range(20)))
     async with server.script(*CONSUMER, "--failure-rate", "1") as running:
         await running.line(".* will be processed via DLQ", 20)
         assert await running.stop() == 0
     where = f"cd {shlex.quote(str(ROOT))} && PATH={BIN}:$PATH &&"
-    for line in (listing, retry, discard, retry_all, discard_all):
+    for line in (status, listing, retry, discard, retry_all, discard_all):
         command = line.replace("discarded.jsonl", shlex.quote(str(tmp_path / "discarded.jsonl")))
         done = await server.run("bash", "-c", f"{where} {command}")
         assert done.process.returncode == 0, done.lines
