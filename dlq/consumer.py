@@ -21,7 +21,7 @@ from jobqueue.arguments import make_parser, number, stream_name, whole_number
 from jobqueue.connection import connect_script
 from jobqueue.dead_letters.advisories import require_streams
 from jobqueue.dead_letters.processing import Processing
-from jobqueue.dead_letters.searching import Search
+from jobqueue.dead_letters.searching import search
 from jobqueue.dead_letters.verifying import Verifier
 from jobqueue.script import shutdown_on_signal, start
 from jobqueue.time_limit import TimeLimit
@@ -78,12 +78,11 @@ async def run() -> int:
     async with connect_script(f"dlq_{stream}") as nc:
         await require_streams(nc, dlq_stream, stream)
         verifier = Verifier(nc, stream)
-        processing = Processing(nc, dlq_stream, verifier, reprocess, time_limit, shutdown)
-        await processing.start()
+        await verifier.pending.start(stream, dlq_stream)
+        processing = Processing(nc, verifier, reprocess, time_limit, shutdown)
         worker = Worker(nc, dlq_stream, config, processing.handle, options.concurrency, time_limit)
-        search = Search(nc, dlq_stream, verifier)
         with shutdown_on_signal(shutdown, lambda: f"{worker.in_flight} dead letters in flight"):
-            searching = asyncio.create_task(search.run())
+            searching = asyncio.create_task(search(nc, dlq_stream, verifier))
             try:
                 await worker.run(shutdown)
             finally:

@@ -93,8 +93,8 @@ async def show_all(nc: Client) -> None:
     if not options.json:
         print(ROW.format("SEQUENCE", "SUBJECT", "PUBLISHED", "DIED", "DELIVERIES", "ID", "PAYLOAD"))
     verifier = Verifier(nc, options.original_stream)
-    await verifier.start()
-    candidates, _ = await find_candidates(nc, options.dlq_stream, verifier, set())
+    await verifier.pending.start(options.original_stream)
+    candidates = await find_candidates(nc, options.dlq_stream, verifier, set())
     async for letter in read_dead_letters(nc, verifier, candidates):
         show(letter)
 
@@ -112,12 +112,8 @@ async def show_status(nc: Client) -> None:
         print(f"{name}: {stream['messages']} messages, {stream['bytes']} bytes, {stream['full']:.1%} full")
 
 
-def discard(letter: DeadLetter) -> None:
-    """Print a dead letter with all that is known of it, before it is removed.
-
-    Raises:
-        nats.errors.Error: it cannot be printed.
-    """
+def print_first(letter: DeadLetter) -> None:
+    """Print a dead letter before it is discarded, or raise an error."""
     try:
         print(json.dumps(as_json(letter)), flush=True)
     except BrokenPipeError:
@@ -127,7 +123,7 @@ def discard(letter: DeadLetter) -> None:
 async def handle_all(nc: Client) -> int:
     """Redrive or discard dead letters, and return how many are skipped."""
     shutdown = asyncio.Event()
-    show_first = discard if options.command == "discard" else None
+    show_first = print_first if options.command == "discard" else None
     operation = Operation(nc, options.dlq_stream, DURABLE, options.original_stream, show_first, shutdown)
     with shutdown_on_signal(shutdown, lambda: "the dead letters in flight"):
         await operation.run(set(options.sequences))

@@ -112,6 +112,7 @@ class Durable:
         pending: messages that are delivered and neither acked nor exhausted.
         pull_requests: the open ones.
         is_paused: whether an operator has paused it.
+        has_replicas: whether other servers have to agree on each ack.
         asked_at: when the server was asked, by the event loop's clock.
         reconnects: those of the connection until then.
     """

@@ -190,7 +190,7 @@ async def test_a_consumer_whose_credentials_end_uses_the_renewed_file(cloud: Clo
         (CONSUMER, "$JS.ACK.>", "$js.ack.orders_stream.processor.1.0.0.0.0"),
         (DLQ, "$JS.API.CONSUMER.CREATE.>", "$js.api.consumer.create.orders_unprocessed.unprocessed_order_handler"),
         (DLQ, "$JS.ACK.orders_unprocessed.>", "$js.ack.orders_unprocessed.unprocessed_order_handler.1.0.0.0.0"),
-        (DLQ, "$JS.ACK.orders_stream.>", "$js.ack.orders_stream.processor.2.1.0.0.0"),
+        (DLQ, "$JS.ACK.orders_stream.>", "$js.ack.orders_stream.processor.1.0.0.0.0"),
         (DLQ, "$JS.API.CONSUMER.LIST.>", "$js.api.consumer.list.orders_stream"),
     ],
 )

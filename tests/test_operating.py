@@ -49,8 +49,7 @@ async def test_a_durable_that_delivers_no_more_is_named(server: Server, nc: Clie
     await dead_letters(nc, *(b"order-%d" % i for i in range(10)))
     await create_durable(nc, max_ack_pending=3)
     script = await manage(server, "retry", "9", status=1)
-    assert "max_ack_pending of 3 is kept" in script.messages[0]
-    assert script.messages[1:] == [
+    assert script.messages == [
         "retry has not finished: unprocessed_order_handler has 3 pending advisories, and may not have more: run "
         "`nats consumer edit -f orders_unprocessed unprocessed_order_handler --max-pending 100000` first; run it again"
     ]

@@ -75,13 +75,16 @@ async def test_a_nak_tells_exactly_whether_a_message_is_pending(kind: str, tmp_p
                 await nc.request(delivery.reply, b"+ACK")
         await until(lambda: holds(nc, "orders_stream", 70))
         for asker in askers:
-            pending, durables = Pending(asker, "orders_stream"), Durables(asker, "orders_stream")
-            await pending.start()
+            pending, durables = Pending(asker), Durables(asker, "orders_stream")
+            await pending.start("orders_stream")
             durable = await durables.find("processor")
             assert durable and durable.delivered == 60
             nak = delayed_nak(durable.longest_wait)
             answers = await asyncio.gather(
-                *(pending.ask("processor", durable.consumer_seq, number, nak, 0) for number in range(1, 81))
+                *(
+                    pending.ask("orders_stream", "processor", durable.consumer_seq, number, nak, 0)
+                    for number in range(1, 81)
+                )
             )
             assert [number for number, is_pending in enumerate(answers, 1) if is_pending] == [
                 number for number in range(21, 61) if number % 4

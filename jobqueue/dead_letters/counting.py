@@ -6,18 +6,13 @@ from nats.aio.client import Client
 from nats.errors import Error
 
 from jobqueue.durables import Durable, Durables
-from jobqueue.streams import ADVISORY, api_request
+from jobqueue.streams import api_request
 
 
 async def count_dead(nc: Client, stream: str, durables: list[Durable]) -> list[int]:
-    """Return for each durable how many stored messages it takes that are neither to be delivered nor pending."""
+    """Return for each durable how many of the messages that it takes are stored, less the waiting and pending ones."""
     info = await _read_work_queue(nc, stream)
     return [await _count_stored(nc, info, durable) - durable.waiting - durable.pending for durable in durables]
-
-
-async def count_advisories(nc: Client, dlq_stream: str, stream: str, durable: str) -> int:
-    """Return how many advisories of a durable are stored; some may be out of date."""
-    return sum((await _count_by_subject(nc, dlq_stream, f"{ADVISORY}.{stream}.{durable}")).values())
 
 
 async def read_status(nc: Client, dlq_stream: str, stream: str) -> dict[str, Any]:

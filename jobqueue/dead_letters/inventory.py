@@ -6,11 +6,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from nats.aio.client import Client
+from nats.errors import Error
 
 from jobqueue.dead_letters.advisories import Hint, read_hints
 from jobqueue.dead_letters.counting import count_dead
 from jobqueue.dead_letters.headers import find_header, read_headers
-from jobqueue.dead_letters.reading import ReadWindow
+from jobqueue.dead_letters.reading import window_size
 from jobqueue.dead_letters.searching import find_unnamed
 from jobqueue.dead_letters.verifying import CONFIRM_DELAY, DeadLetter, Verifier
 from jobqueue.stored import format_time
@@ -20,36 +21,25 @@ COUNTS = 3  # of the dead letters; under traffic one alone may be wrong
 COUNT_INTERVAL = 0.1  # seconds
 
 
-async def find_candidates(
-    nc: Client, dlq_stream: str, verifier: Verifier, sequences: set[int]
-) -> tuple[list[Hint], dict[int, str]]:
-    """Return the messages that may be dead, by their stream sequences, and why others are alive.
-
-    Args:
-        nc: the connection.
-        dlq_stream: the stream of the advisories.
-        verifier: tells which messages are dead.
-        sequences: the stream sequences of the messages that matter; all if it is empty.
-    """
-    hints = await read_hints(nc, dlq_stream, verifier.stream)
-    durables = await verifier.durables.find_all()
-    if sequences:
-        unnamed = Hint(0, durables[0].name if durables else "")
-        hints = {number: hints.get(number, unnamed._replace(sequence=number)) for number in sequences}
+async def find_candidates(nc: Client, dlq_stream: str, verifier: Verifier, sequences: set[int]) -> list[Hint]:
+    """Return hints of these messages, or of all that may be dead if there are no sequences; then look at each."""
+    hints, durables = await read_hints(nc, dlq_stream, verifier.stream), await verifier.durables.find_all()
+    if not durables:
+        raise Error(f"{verifier.stream} has no durable, so none of its messages can be dead")
+    if sequences:  # `look` finds the right durable
+        hints = {number: hints.get(number, Hint(number, durables[0].name)) for number in sequences}
     elif await _are_some_dead(nc, verifier):
         for durable in durables:
             for number in await find_unnamed(nc, verifier.stream, durable, hints):
                 hints[number] = Hint(number, durable.name)
-    alive: dict[int, str] = {}
 
-    async def ask(hint: Hint) -> None:
-        if why := (await verifier.why_alive(hint.sequence, hint.consumer))[1]:
-            alive[hint.sequence] = why
+    async def look_first(hint: Hint) -> None:
+        await verifier.why_alive(hint.sequence, hint.consumer)
 
     if any(durable.has_replicas for durable in durables):
-        await run_for_each(hints.values(), ask)
+        await run_for_each(hints.values(), look_first)
         await asyncio.sleep(CONFIRM_DELAY)
-    return [hints[number] for number in sorted(hints) if number not in alive], alive
+    return [hints[number] for number in sorted(hints)]
 
 
 async def _are_some_dead(nc: Client, verifier: Verifier) -> bool:
@@ -63,11 +53,11 @@ async def _are_some_dead(nc: Client, verifier: Verifier) -> bool:
 
 async def read_dead_letters(nc: Client, verifier: Verifier, candidates: list[Hint]) -> AsyncIterator[DeadLetter]:
     """Yield the candidates that are dead; only a few are in memory at a time."""
-    window, begin = ReadWindow(nc), 0
-    while some := candidates[begin : begin + window.size]:
-        begin += len(some)
+    window, begin = window_size(nc), 0
+    while some := candidates[begin : begin + window]:
+        begin += window
         found = [letter for letter, _ in await run_all(verifier.look(hint) for hint in some) if letter]
-        window.adapt(letter.message for letter in found)
+        window = window_size(nc, [letter.message for letter in found])
         for letter in found:
             yield letter
 

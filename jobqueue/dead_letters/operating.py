@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 
 from nats.aio.msg import Msg
 from nats.errors import Error
@@ -17,11 +18,11 @@ from nats.js.api import AckPolicy, ConsumerConfig
 from jobqueue.client import Client
 from jobqueue.dead_letters.advisories import Hint, publish_advisory
 from jobqueue.dead_letters.inventory import find_candidates
-from jobqueue.dead_letters.pending import Pending, delayed_nak
+from jobqueue.dead_letters.pending import delayed_nak
 from jobqueue.dead_letters.reading import get_message
 from jobqueue.dead_letters.removing import redrive, remove
 from jobqueue.dead_letters.verifying import GONE, DeadLetter, Verifier
-from jobqueue.durables import Durable, Durables, shortest_ack_wait
+from jobqueue.durables import Durable, Durables, ensure_durable, shortest_ack_wait
 from jobqueue.errors import describe_error, printable
 from jobqueue.in_flight import ACK
 from jobqueue.streams import REQUEST_TIMEOUT, ack_subject, parse_ack_subject
@@ -43,9 +44,9 @@ IN_FLIGHT = "a DLQ processor or another operator has it in flight"
 
 
 class Operation:
-    """Redrives dead letters, or discards them after it has called `discard` with each.
+    """Redrives dead letters, or discards them after it has called `print_first` with each.
 
-    After the shutdown no further one is begun; it is set at the end. The connection must not echo what it sends.
+    After the shutdown no further one is begun; `run` sets it at its end. The connection must not echo what it sends.
     """
 
     def __init__(
@@ -54,48 +55,35 @@ class Operation:
         dlq_stream: str,
         dlq_durable: str,
         stream: str,
-        discard: Callable[[DeadLetter], None] | None,
+        print_first: Callable[[DeadLetter], None] | None,
         shutdown: asyncio.Event,
     ) -> None:
         self.tally: Counter[str] = Counter()
         self._nc = nc
         self._dlq_stream = dlq_stream
         self._durable = dlq_durable
-        self._stream = stream
-        self._discard = discard
+        self._print_first = print_first
         self._shutdown = shutdown
         self._is_for_all = False
         self._wanted: dict[int, Hint] = {}  # by the stream sequence of an advisory
         self._heard: set[int] = set()  # advisories that somebody else sent something about
         self._verifier = Verifier(nc, stream)
-        self._pending = Pending(nc, dlq_stream)
         self._durables = Durables(nc, dlq_stream)
-        config = ConsumerConfig(
-            name=dlq_durable,
-            durable_name=dlq_durable,
-            ack_policy=AckPolicy.EXPLICIT,
-            ack_wait=ACK_WAIT,
-            max_deliver=-1,
-            max_ack_pending=MAX_ACK_PENDING,
-        )
-        time_limit = TimeLimit(REQUEST_TIMEOUT)  # which nothing is run with
-        self._worker = Worker(nc, dlq_stream, config, self._handle, CONCURRENCY, time_limit)
 
     async def run(self, sequences: set[int]) -> None:
-        """Handle the dead letters with these stream sequences, or all if there are none; name those that are skipped.
-
-        Raises:
-            nats.errors.Error: a request timed out.
-        """
+        """Handle the dead letters with these sequences, or all if there are none; name those that are skipped."""
         self._is_for_all = not sequences
-        await self._verifier.start()
+        await self._verifier.pending.start(self._verifier.stream, self._dlq_stream)
         for prefix in ("$JS.ACK", "$JS.ACK.*.*"):  # both forms of ack subjects
             await self._nc.subscribe(f"{prefix}.{self._dlq_stream}.{self._durable}.>", cb=self._hear)
-        await self._pending.start()
-        candidates, alive = await find_candidates(self._nc, self._dlq_stream, self._verifier, sequences)
-        for number in sequences & alive.keys():
-            self._skip(number, f"it {alive[number]}")
+        config = ConsumerConfig(name=self._durable, durable_name=self._durable, ack_policy=AckPolicy.EXPLICIT)
+        # What a DLQ processor has configured stays.
+        first = {"ack_wait": ACK_WAIT, "max_ack_pending": MAX_ACK_PENDING}
+        await ensure_durable(self._nc, self._dlq_stream, config.evolve(**first))
+        candidates = await find_candidates(self._nc, self._dlq_stream, self._verifier, sequences)
         await run_for_each(candidates, self._want)
+        time_limit = TimeLimit(REQUEST_TIMEOUT)  # which nothing is run with
+        self._worker = Worker(self._nc, self._dlq_stream, config, self._handle, CONCURRENCY, time_limit)
         working = asyncio.create_task(self._worker.run(self._shutdown))
         try:
             while self._wanted and not self._shutdown.is_set() and not working.done():
@@ -145,21 +133,20 @@ class Operation:
         pending: list[int] = []
 
         async def ask(advisory: int) -> None:
-            nak = delayed_nak(LEASE)
-            if await self._pending.ask(self._durable, durable.consumer_seq, advisory, nak, durable.reconnects):
+            if await self._ask(advisory, durable.consumer_seq, durable.reconnects):
                 pending.append(advisory)
 
         await run_for_each(advisories, ask)
         if pending:
             await asyncio.sleep(shortest_ack_wait(durable.config) + HEARTBEAT_LATENESS)
-        for advisory in advisories:
-            if advisory in self._wanted and not self._worker.has(advisory):
-                await self._take(durable, advisory)
+        await run_for_each(advisories, lambda advisory: self._take(durable, advisory))
 
     async def _take(self, durable: Durable, advisory: int) -> None:
         """Process an advisory as if it had just been delivered, unless somebody else has it."""
-        hint = self._wanted[advisory]
         found = await get_message(self._nc, self._dlq_stream, advisory)
+        hint = self._wanted.get(advisory)
+        if not hint or self._worker.has(advisory):
+            return
         if found and advisory not in self._heard:
             reply = ack_subject(self._dlq_stream, durable.name, 1, advisory, durable.consumer_seq, found.stored_at)
             await self._worker.receive(Msg(self._nc, found.subject, reply, found.data))
@@ -186,42 +173,43 @@ class Operation:
                 await self._finish(letter, advisory)
             else:
                 self._skip_alive(hint.sequence, why)
-            for other in set(hint.advisories) - {sequence}:
-                await self._nc.request(ack_subject(self._dlq_stream, self._durable, 1, other), ACK, REQUEST_TIMEOUT)
         except (Error, TimeoutError) as error:
             self._skip(hint.sequence, describe_error(error))
             return delayed_nak(RETRY_DELAY)
+        with suppress(Error, TimeoutError):  # then a DLQ processor finds that the message is gone
+            for other in set(hint.advisories) - {sequence}:
+                await self._nc.request(ack_subject(self._dlq_stream, self._durable, 1, other), ACK, REQUEST_TIMEOUT)
         return ACK
 
     async def _finish(self, letter: DeadLetter, advisory: Msg) -> None:
-        """Redrive or discard a dead letter.
-
-        Raises:
-            nats.errors.Error: that was not possible, and the dead letter may still be there.
-        """
+        """Redrive or discard a dead letter; after an error it may still be there."""
         sequence, order = letter.message.sequence, printable(letter.message.data)
-        if self._discard:
-            self._discard(letter)
-            await self._check_in_flight(advisory)  # whoever reads the output may have made us wait
+        if self._print_first:
+            self._print_first(letter)
+            await self._check_in_flight(advisory, letter)  # whoever reads the output may have made us wait
             if not await remove(self._nc, letter):
-                raise Error("it is gone")
-            log.info("discarded %s: # %d in %s", order, sequence, self._stream)
+                raise Error(f"it {GONE}")
+            log.info("discarded %s: # %d in %s", order, sequence, letter.stream)
         else:
-            await self._check_in_flight(advisory)
+            await self._check_in_flight(advisory, letter)
             stored = await redrive(self._nc, letter)
-            log.info("redriven %s: # %d in %s is # %d now", order, sequence, self._stream, stored)
+            log.info("redriven %s: # %d in %s is # %d now", order, sequence, letter.stream, stored)
         self.tally["done"] += 1
 
-    async def _check_in_flight(self, advisory: Msg) -> None:
+    async def _check_in_flight(self, advisory: Msg, letter: DeadLetter) -> None:
         """Raise an error if somebody else has the advisory, since we were suspended, say.
 
-        A DLQ processor begins with a question about its advisory. We hear that before the answer to our own one.
+        A DLQ processor begins with a heartbeat. We hear that before the answer to our question; and without the answer
+        nothing is certain of the message either.
         """
-        metadata, nak = advisory.metadata, delayed_nak(ACK_WAIT)
-        sequence, reconnects = metadata.sequence, int(self._nc.stats["reconnects"])
-        await self._pending.ask(self._durable, sequence.consumer, sequence.stream, nak, reconnects)
-        if sequence.stream in self._heard:
+        sequence = advisory.metadata.sequence
+        is_pending = await self._ask(sequence.stream, sequence.consumer, letter.message.reconnects)
+        if not is_pending or sequence.stream in self._heard:
             raise Error(IN_FLIGHT)
+
+    async def _ask(self, advisory: int, consumer_seq: int, reconnects: int) -> bool:
+        names, nak = (self._dlq_stream, self._durable), delayed_nak(LEASE)
+        return await self._verifier.pending.ask(*names, consumer_seq, advisory, nak, reconnects)
 
     async def _hear(self, message: Msg) -> None:
         self._heard.add(parse_ack_subject(message.subject)[0])
@@ -232,4 +220,4 @@ class Operation:
 
     def _skip(self, sequence: int, why: str) -> None:
         self.tally["skipped"] += 1
-        log.error("# %d in %s is skipped: %s", sequence, self._stream, why)
+        log.error("# %d in %s is skipped: %s", sequence, self._verifier.stream, why)

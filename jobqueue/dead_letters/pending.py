@@ -15,7 +15,7 @@ NAKED = "$JS.EVENT.ADVISORY.CONSUMER.MSG_NAKED"  # .<stream>.<consumer>
 
 
 class Pending:
-    """Asks durables of a stream whether a message is pending: delivered, and neither acked nor exhausted.
+    """Asks durables whether a message is pending: delivered, and neither acked nor exhausted.
 
     JetStream lists no pending messages, but it answers for one: a nak. For a message that is pending the server
     publishes a MSG_NAKED advisory with its stream sequence, and then answers the nak. For any other message (acked,
@@ -31,57 +31,56 @@ class Pending:
     - On a single server the ack of a message is processed as a whole, before the next nak. So a message that is not
       pending, and is still stored when it is read after that, was not acked. On replicas it may leave a moment later.
 
-    `on_failed` is called with the durable and the stream sequence when a consumer naks a message after a redelivery.
+    Args:
+        nc: the connection.
+        on_failed: is called with the durable and the stream sequence when a consumer naks a message after a redelivery.
     """
 
-    def __init__(self, nc: Client, stream: str, on_failed: Callable[[str, int], None] = lambda *_: None) -> None:
+    def __init__(self, nc: Client, on_failed: Callable[[str, int], None] = lambda *_: None) -> None:
         self._nc = nc
-        self._stream = stream
         self._on_failed = on_failed
-        self._asked: dict[tuple[str, int], list[asyncio.Event]] = {}  # by durable and stream sequence
-        self._advisories: Subscription | None = None
+        self._asked: dict[tuple[str, str, int], list[asyncio.Event]] = {}  # by stream, durable and stream sequence
+        self._subscriptions: list[Subscription] = []
 
-    async def start(self) -> None:
-        """Subscribe to the advisories. The server ends the script at once if that is not permitted."""
-        # With a limit an advisory could be dropped, and its message taken for dead.
-        self._advisories = await self._nc.subscribe(
-            f"{NAKED}.{self._stream}.*", cb=self._receive, pending_msgs_limit=0, pending_bytes_limit=0
-        )
+    async def start(self, *streams: str) -> None:
+        """Subscribe to the advisories of some streams. The server ends the script at once if that is not permitted."""
+        for stream in streams:  # with a limit an advisory could be dropped, and its message taken for dead
+            subscription = await self._nc.subscribe(
+                f"{NAKED}.{stream}.*", cb=self._receive, pending_msgs_limit=0, pending_bytes_limit=0
+            )
+            self._subscriptions.append(subscription)
         await self._nc.flush()
 
-    async def ask(self, durable: str, consumer_seq: int, sequence: int, nak: bytes, reconnects: int) -> bool:
+    async def ask(
+        self, stream: str, durable: str, consumer_seq: int, sequence: int, nak: bytes, reconnects: int
+    ) -> bool:
         """Return whether a message is pending.
 
-        Args:
-            durable: the durable's name.
-            consumer_seq: the number of a delivery: the message's own one, or the last one of all.
-            sequence: the message's stream sequence.
-            nak: what to ask by, from `delayed_nak`.
-            reconnects: those of the connection when the message, or the durable, was known to be there.
+        `consumer_seq` is the number of a delivery: the message's own one, or the last one of all. `reconnects` are
+        those of the connection when the message, or the durable, was known to be there.
         """
-        assert self._advisories
-        has_answered, key = asyncio.Event(), (durable, sequence)
-        self._asked.setdefault(key, []).append(has_answered)
+        is_pending, key = asyncio.Event(), (stream, durable, sequence)
+        self._asked.setdefault(key, []).append(is_pending)
         try:
             require_connection(self._nc, reconnects)
-            await self._nc.request(ack_subject(self._stream, durable, 1, sequence, consumer_seq), nak, REQUEST_TIMEOUT)
-            while self._advisories.pending_msgs:  # they have come before the answer
+            await self._nc.request(ack_subject(stream, durable, 1, sequence, consumer_seq), nak, REQUEST_TIMEOUT)
+            while any(one.pending_msgs for one in self._subscriptions):  # they have come before the answer
                 await asyncio.sleep(0)
             require_connection(self._nc, reconnects)
-            return has_answered.is_set()
+            return is_pending.is_set()
         finally:
-            self._asked[key].remove(has_answered)
+            self._asked[key].remove(is_pending)
             if not self._asked[key]:
                 del self._asked[key]
 
     async def _receive(self, message: Msg) -> None:
         with suppress(ValueError, TypeError, KeyError):
             advisory = json.loads(message.data)
-            key = advisory["consumer"], advisory["stream_seq"]
-            for has_answered in self._asked.get(key, ()):
-                has_answered.set()
-            if advisory["deliveries"] > 1:  # nobody's question
-                self._on_failed(*key)
+            key = advisory["stream"], advisory["consumer"], advisory["stream_seq"]
+            for is_pending in self._asked.get(key, ()):
+                is_pending.set()
+            if advisory["deliveries"] > 1:  # our own questions say 1
+                self._on_failed(*key[1:])
 
 
 def delayed_nak(seconds: float) -> bytes:

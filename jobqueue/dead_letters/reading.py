@@ -60,18 +60,12 @@ async def get_message(nc: Client, stream: str, sequence: int, subject: str | Non
     return StoredMessage(found["seq"], found["subject"], parse_time(found["time"]), data, headers, *now)
 
 
-class ReadWindow:
-    """How many messages to read at a time: fewer where they are large."""
-
-    def __init__(self, nc: Client) -> None:
-        # Nobody could have stored a larger message, unless `max_payload` was lowered since.
-        self.limit = max(1, min(MAX_READS, int(MAX_PENDING / (ENCODED * nc.max_payload))))
-        self.size = min(4, self.limit)
-
-    def adapt(self, messages: Iterable[StoredMessage | None]) -> None:
-        """Choose the next size by the largest of the last messages."""
-        largest = max((len(message.data) for message in messages if message), default=0)
-        self.size = max(1, min(self.limit, int(MAX_READ_BYTES / (ENCODED * largest + 1))))
+def window_size(nc: Client, messages: Iterable[StoredMessage | None] = ()) -> int:
+    """Return how many messages to read at a time after these: fewer where they were large."""
+    # Nobody could have stored a larger message than `max_payload`, unless that was lowered since.
+    limit = max(1, min(MAX_READS, int(MAX_PENDING / (ENCODED * nc.max_payload))))
+    largest = max((len(message.data) for message in messages if message), default=MAX_READ_BYTES // 4)
+    return max(1, min(limit, int(MAX_READ_BYTES / (ENCODED * largest + 1))))
 
 
 async def read_messages(
@@ -87,13 +81,14 @@ async def read_messages(
     Each request finds the next message, so gaps cost nothing. Several ranges are read at a time; they are halved
     until there are enough of them. Reading takes a share of the time, so that the process has some left for its work.
     """
-    unread, window = [(first, last) for first, last in ranges if first <= last], ReadWindow(nc)
+    unread, window = [(first, last) for first, last in ranges if first <= last], window_size(nc)
     while unread:
-        while len(unread) < window.size and (widest := max(unread, key=_width))[0] < widest[1]:
+        while len(unread) < window and (widest := max(unread, key=_width))[0] < widest[1]:
             unread.remove(widest)
             middle = sum(widest) // 2
             unread += [(widest[0], middle), (middle + 1, widest[1])]
-        some, unread[-window.size :] = unread[-window.size :], []
+        some = unread[-window:]
+        del unread[-window:]
         begun = time.monotonic()
         found = await run_all(get_message(nc, stream, first, subject) for first, _ in some)
         for message, (_, last) in zip(found, some, strict=True):
@@ -101,7 +96,7 @@ async def read_messages(
                 take(message)
                 if message.sequence < last:
                     unread.append((message.sequence + 1, last))
-        window.adapt(found)
+        window = window_size(nc, found)
         if share < 1:
             await asyncio.sleep((time.monotonic() - begun) * (1 / share - 1))
 

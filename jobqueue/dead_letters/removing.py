@@ -3,18 +3,17 @@
 import asyncio
 import json
 import re
-import time
 
 from nats.aio.client import Client
-from nats.errors import Error, MaxPayloadError
+from nats.errors import ConnectionReconnectingError, Error, MaxPayloadError, NoRespondersError
 from nats.js.errors import APIError
 
 from jobqueue.dead_letters.headers import find_header, without_instructions
+from jobqueue.dead_letters.reading import get_message
 from jobqueue.dead_letters.verifying import GONE, DeadLetter
 from jobqueue.errors import describe_error
 from jobqueue.in_flight import ACK
 from jobqueue.retrying import retry
-from jobqueue.stored import find_stored_at
 from jobqueue.streams import REQUEST_TIMEOUT, ack_subject, require_connection
 
 REDRIVE_TIMEOUT = 20.0  # seconds; well within the duplicate window
@@ -27,13 +26,13 @@ async def remove(nc: Client, letter: DeadLetter) -> bool:
     """
     if not await _is_same(nc, letter):
         return False
-    subject = ack_subject(letter.stream, letter.durable.name, letter.deliveries, letter.sequence)
+    subject = ack_subject(letter.stream, letter.durable.name, letter.deliveries, letter.message.sequence)
     await nc.request(subject, ACK, REQUEST_TIMEOUT)
     return True
 
 
 async def redrive(nc: Client, letter: DeadLetter) -> int:
-    """Publish a dead letter again, remove it, and return its new stream sequence. After an error it is still there.
+    """Publish a dead letter again, remove it, and return its new stream sequence. After an error it may still be there.
 
     Its headers come with it as they are, but for those that tell the server what to do (`Nats-...`: expected
     sequences, TTL, schedule), which were meant for the first publish. Whoever redrives it, and how often, it has the
@@ -41,7 +40,7 @@ async def redrive(nc: Client, letter: DeadLetter) -> int:
     """
     message, now = letter.message, asyncio.get_running_loop().time
     first_id = re.sub(r"\.retry-\d+$", "", find_header(message.header_block, "Nats-Msg-Id") or letter.stream)
-    added = {"Nats-Expected-Stream": letter.stream, "Nats-Msg-Id": f"{first_id}.retry-{letter.sequence}"}
+    added = {"Nats-Expected-Stream": letter.stream, "Nats-Msg-Id": f"{first_id}.retry-{letter.message.sequence}"}
     headers = without_instructions(message.header_block, added)
     if len(headers) + len(message.data) > nc.max_payload:  # the server would end the connection
         raise MaxPayloadError
@@ -52,14 +51,14 @@ async def redrive(nc: Client, letter: DeadLetter) -> int:
         answer = await nc.request(message.subject, message.data, REQUEST_TIMEOUT, headers=headers)  # type: ignore[arg-type]
         stored = json.loads(answer.data)
         if "error" in stored:
-            APIError.from_error(stored["error"])
+            APIError.from_error(stored["error"])  # raises
         return int(stored["seq"])
 
-    what, deadline = f"# {letter.sequence} in {letter.stream}", now() + REDRIVE_TIMEOUT
+    what, deadline = f"# {letter.message.sequence} in {letter.stream}", now() + REDRIVE_TIMEOUT
     try:
         stored = await retry(publish, what, lambda _: now() > deadline)
         await retry(lambda: remove(nc, letter), what, lambda _: now() > deadline)
-    except TimeoutError as error:
+    except (TimeoutError, NoRespondersError, ConnectionReconnectingError) as error:
         raise Error(f"{describe_error(error)}; it may be in the queue already: retry it within two minutes") from None
     return stored
 
@@ -69,11 +68,10 @@ async def _is_same(nc: Client, letter: DeadLetter) -> bool:
 
     Its sequence may have another message if the stream was created again, or another server has answered since.
     """
-    message = letter.message
-    while not message.is_fresh(nc):
-        read_at, reconnects = time.monotonic(), int(nc.stats["reconnects"])
-        require_connection(nc, reconnects)
-        if await find_stored_at(nc, letter.stream, message.sequence) != message.stored_at:
-            return False
-        message = message._replace(read_at=read_at, reconnects=reconnects)
-    return True
+    if letter.message.is_fresh(nc):
+        return True
+    reconnects = int(nc.stats["reconnects"])
+    require_connection(nc, reconnects)
+    found = await get_message(nc, letter.stream, letter.message.sequence)
+    require_connection(nc, reconnects)
+    return found is not None and found.stored_at == letter.message.stored_at

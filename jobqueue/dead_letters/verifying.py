@@ -15,8 +15,12 @@ from jobqueue.streams import ack_subject
 CONFIRM_DELAY = 2.5  # seconds; on replicas, it may take so long until what was acked has left the stream
 MAX_TIMER_LATENESS = 1.0  # seconds, of the server
 NO_DELIVERY_TIME = 30.0  # seconds without a sign that the server redelivers what is due
+MAX_FIRST_LOOKS = 200_000  # that are remembered
+FIRST_LOOK_VALID_FOR = 600.0  # seconds
 GONE = "is gone"
-UNKNOWN = "was in flight or waiting for a retry just now"
+# What will be certain at a later look:
+UNCONFIRMED = "may just have been acked"
+ASKED_RECENTLY = "was pending when the server was asked, and is not asked about again yet"
 
 
 class DeadLetter(NamedTuple):
@@ -28,11 +32,6 @@ class DeadLetter(NamedTuple):
     died_at: int  # nanoseconds; 0 if that isn't known
     message: StoredMessage
 
-    @property
-    def sequence(self) -> int:
-        """Its stream sequence."""
-        return self.message.sequence
-
     async def as_delivered(self, nc: Client) -> Msg:
         """Return the message as its consumer got it in its last delivery."""
         message, headers = self.message, await nc._process_headers(self.message.header_block)
@@ -43,25 +42,22 @@ class DeadLetter(NamedTuple):
 class Verifier:
     """Tells which messages are dead: stored, taken by a durable that has delivered them, and not pending.
 
-    On replicas a message is certainly dead only if a second look, CONFIRM_DELAY after the first one, says so as well.
+    On replicas a first look finds them UNCONFIRMED, and one after CONFIRM_DELAY says whether they are dead.
     """
 
     def __init__(self, nc: Client, stream: str) -> None:
         self.stream = stream
         self.durables = Durables(nc, stream)
+        self.pending = Pending(nc, self._forget)
         self._nc = nc
-        self._pending = Pending(nc, stream, self._forget)
-        self._asked_at: dict[str, dict[int, float]] = {}  # by durable: the messages that were found pending
+        self._asked_at: dict[tuple[str, int], float] = {}  # by durable and sequence: what was found pending
+        self._first_looks: dict[int, float] = {}  # by sequence: when it was first found not to be pending
         self._now = asyncio.get_running_loop().time
-
-    async def start(self) -> None:
-        """Subscribe to the server's answers."""
-        await self._pending.start()
 
     async def look(self, hint: Hint) -> tuple[DeadLetter | None, str]:
         """Return the message that a hint is about, if it is dead; else why it is not."""
         durable, why = await self.why_alive(hint.sequence, hint.consumer)
-        if why and durable:
+        if why and durable:  # without the durable another one may take the message
             return None, why
         # After the question: what was acked before that is gone; and it may have been about a durable that is gone.
         message, after = await asyncio.gather(
@@ -70,7 +66,7 @@ class Verifier:
         if not message:
             return None, GONE
         if not durable or not durable.takes(message.subject):
-            other = next((one for one in await self.durables.find_all() if one.takes(message.subject)), None)
+            other = await self.durables.find_by_subject(message.subject)
             if other:
                 return await self.look(hint._replace(consumer=other.name))
             return None, why or f"is not for the durable {hint.consumer}, and no other one takes it"
@@ -80,7 +76,7 @@ class Verifier:
         return DeadLetter(self.stream, after, deliveries, hint.died_at, message), ""
 
     async def why_alive(self, sequence: int, name: str) -> tuple[Durable | None, str]:
-        """Return a durable, and why a message of it that is stored is alive; "" if it has no delivery to come."""
+        """Return a durable, and why a message of it may be alive, as long as it is stored; "" if it is not."""
         durable = await self.durables.find(name)
         if durable and sequence > durable.delivered:
             durable = await self.durables.find(name, since=self._now())
@@ -88,23 +84,23 @@ class Verifier:
             return None, f"will be redelivered: the durable {name} is gone"
         if sequence > durable.delivered:
             return durable, f"will be delivered: {name} has not delivered it yet"
-        if not durable.pending:
-            return durable, ""
-        if not self.may_ask(durable, sequence):
-            return durable, UNKNOWN
-        nak = delayed_nak(durable.longest_wait)
-        if not await self._pending.ask(name, durable.consumer_seq, sequence, nak, durable.reconnects):
-            return durable, ""
-        self._asked_at.setdefault(name, {})[sequence] = self._now()
-        return durable, "is in flight or waits for a retry"
+        if durable.pending:
+            if not self.may_ask(durable, sequence):
+                return durable, ASKED_RECENTLY
+            nak, last = delayed_nak(durable.longest_wait), durable.consumer_seq
+            if await self.pending.ask(self.stream, name, last, sequence, nak, durable.reconnects):
+                self._asked_at[name, sequence] = self._now()
+                self._first_looks.pop(sequence, None)
+                return durable, "is in flight or waits for a retry"
+        return durable, UNCONFIRMED if durable.has_replicas and not self._is_confirmed(sequence) else ""
 
     def may_ask(self, durable: Durable, sequence: int) -> bool:
-        """Return whether the question would not postpone a retry for a second time.
+        """Return whether the question would not postpone the same retry for a second time.
 
         A message that was found pending was postponed by that. When that is over, and a pull request is left waiting,
         it has been redelivered. Without pull requests that can't be told, and it is asked about in the end.
         """
-        asked_at = self._asked_at.get(durable.name, {}).get(sequence)
+        asked_at = self._asked_at.get((durable.name, sequence))
         if asked_at is None:
             return True
         # The server adds the delay to the difference between the present back-off and the first one.
@@ -112,11 +108,19 @@ class Verifier:
         is_served = durable.pull_requests > 0 and not durable.is_paused
         return self._now() > (due_at if is_served else due_at + NO_DELIVERY_TIME)
 
-    def forget_served(self, durable: Durable) -> None:
-        """Forget the messages that were found pending and may be asked about again."""
-        asked = self._asked_at.get(durable.name, {})
-        for sequence in [sequence for sequence in asked if not durable.pending or self.may_ask(durable, sequence)]:
-            del asked[sequence]
+    def forget_old_questions(self, durable: Durable) -> None:
+        """Forget the messages of a durable that were found pending and may be asked about again."""
+        for name, sequence in list(self._asked_at):
+            if name == durable.name and (not durable.pending or self.may_ask(durable, sequence)):
+                self._forget(name, sequence)
 
     def _forget(self, name: str, sequence: int) -> None:
-        self._asked_at.get(name, {}).pop(sequence, None)
+        self._asked_at.pop((name, sequence), None)
+
+    def _is_confirmed(self, sequence: int) -> bool:
+        now = self._now()
+        if now - self._first_looks.get(sequence, now) > FIRST_LOOK_VALID_FOR:
+            del self._first_looks[sequence]
+        if len(self._first_looks) > MAX_FIRST_LOOKS:
+            del self._first_looks[next(iter(self._first_looks))]
+        return now >= self._first_looks.setdefault(sequence, now) + CONFIRM_DELAY
