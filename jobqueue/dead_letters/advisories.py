@@ -62,7 +62,7 @@ async def read_hints(nc: Client, dlq_stream: str, stream: str, after: int = 0, s
 def parse_advisory(advisory: bytes, stream: str, stored_at: int = 0) -> Hint:
     """Return what an advisory of the stream says, or raise ValueError if it is none.
 
-    Without a time of death in it that is `stored_at`, in nanoseconds.
+    Without a time of death in it that is `stored_at`, in nanoseconds: when the advisory itself was stored.
     """
     try:
         event = json.loads(advisory)
@@ -74,8 +74,8 @@ def parse_advisory(advisory: bytes, stream: str, stored_at: int = 0) -> Hint:
     if not is_name(consumer) or not _is_number(deliveries) or not _is_number(sequence):
         raise ValueError
     died_at = stored_at
-    with suppress(ValueError):
-        died_at = parse_time(str(event.get("timestamp")))
+    with suppress(ValueError):  # the advisory may have been published later, but not before
+        died_at = min(stored_at, max(0, parse_time(str(event.get("timestamp")))))
     return Hint(sequence, intern(consumer), deliveries, died_at)  # 100,000 of them may be in memory
 
 
