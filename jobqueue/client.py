@@ -109,7 +109,8 @@ class Client(NatsClient):
         self._pending = []
         self._pending_data_size = 0
         if isinstance(self._transport, TcpTransport) and self._transport._io_writer:
-            self._transport._io_writer.transport.abort()
+            with suppress(AttributeError):  # of asyncio's, where TLS has ended already
+                self._transport._io_writer.transport.abort()
 
 
 class ScriptClient(Client):

@@ -12,6 +12,7 @@ TESTS = {
     (Client, "_build_message"): "test_orders_that_nats_py_cannot_read_hold_up_no_others",
     (Client, "_process_headers"): "test_orders_that_nats_py_cannot_read_hold_up_no_others",
     (Client, "_process_connect_init"): "test_what_the_server_says_before_it_hangs_up_is_shown",
+    (Client, "_send_publish"): "test_headers_are_kept_as_they_are",
     (Client, "_process_err"): "test_a_consumer_whose_credentials_end_uses_the_renewed_file",
     (Client, "_attempt_reconnect"): "test_unsent_bytes_on_a_dead_connection_do_not_hold_up_the_reconnect",
     (ScriptClient, "request"): "test_a_subject_that_the_user_may_not_publish_to",

@@ -3,7 +3,10 @@
 import asyncio
 import base64
 import json
+import os
+import shlex
 import signal
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -11,11 +14,14 @@ import pytest
 from nats.aio.client import Client
 
 from tests.harness import (
+    ADVISORIES,
+    CONSUMER,
     DLQ,
     Server,
     dead_letters,
     durable_info,
     emptied,
+    environment,
     holds,
     messages,
     publish,
@@ -174,22 +180,112 @@ async def test_each_dead_letter_is_listed_once_whatever_advisories_there_are(ser
     assert await listed(server) == []
 
 
-async def test_a_request_that_times_out_ends_in_one_line(server: Server, nc: Client) -> None:
+async def test_a_request_that_fails_ends_in_one_line(server: Server, nc: Client) -> None:
     await dead_letters(nc, *(b"order-%d" % i for i in range(200)))
     async with proxied(server.port) as proxy:
-        stalled = asyncio.Event()
 
         def drops(piece: bytes) -> bool:
-            if b"STREAM.MSG.GET.orders_stream" in piece and not stalled.is_set():
-                stalled.set()
-                asyncio.get_running_loop().call_soon(proxy.cut)
-            return False
+            if b"STREAM.MSG.GET.orders_stream" not in piece:
+                return False
+            proxy.cut()
+            return True
 
         proxy.drops = drops
         script = await manage(server, "list", status=1, NATS_URL=proxy.url)
-    assert script.messages[-1].startswith("list has not finished: ")
-    assert script.messages[-1].endswith("; run it again")
+    assert script.messages[-1] == "list has not finished: timed out; run it again"
     assert not [line for line in script.lines if "Traceback" in line]
+
+
+async def test_an_order_that_dies_in_the_meantime_is_redriven_or_reprocessed(
+    server: Server, nc: Client, tmp_path: Path
+) -> None:
+    """It has the server's own advisory then, and perhaps one that the command has published."""
+    slow = with_body("dlq/consumer.py", "reprocess", "await asyncio.sleep(1.5)", tmp_path)
+    failing = (*CONSUMER, "--failure-rate", "1", "--concurrency", "50")
+    async with (
+        server.script(*failing) as consumer,
+        server.script(slow, *DLQ[1:], "--concurrency", "100") as dlq,
+        proxied(server.port) as proxy,
+    ):
+        proxy.delay = 0.01
+        await publish(nc, *(b"order-%d" % i for i in range(300)))
+        await consumer.line("order-.* will be processed via DLQ")
+        retrying = await server.run("dlq/manage.py", *DLQ[1:], "retry", "--all", NATS_URL=proxy.url)
+        await consumer.stop()
+        redriven = {line.split(":")[0] for line in retrying.found("redriven (.*: # [0-9]+ in .*)")}
+        sequences = [line.split("# ")[1].split(" ")[0] for line in retrying.found("redriven (.*)")]
+        await emptied(nc, "orders_unprocessed")
+        begun = dlq.found("reprocessing order (.*)")
+        assert len(sequences) == len(set(sequences)) >= len(redriven)
+        # An order that was redriven may die again, and is reprocessed then, once.
+        assert len(begun) <= 300 + len(sequences)
+        for order in set(begun):
+            assert begun.count(order) <= 1, "reprocessed twice"
+
+
+async def test_a_dead_letter_whose_advisory_is_gone_is_named(server: Server, nc: Client) -> None:
+    await dead_letters(nc, *(b"x" * 3000 + b"%d" % i for i in range(100)))
+    reading, writing = os.pipe()
+    discarding = await asyncio.create_subprocess_exec(
+        *(sys.executable, "dlq/manage.py", *DLQ[1:], "discard", "--all", "--yes"),
+        stdout=writing,
+        stderr=asyncio.subprocess.PIPE,
+        env=environment(NATS_URL=server.url),
+    )
+    os.close(writing)
+    await until(lambda: holds(nc, "orders_stream", 90))
+    await request(nc, "STREAM.PURGE.orders_unprocessed")
+    with os.fdopen(reading, "rb") as pipe:
+        printed = await asyncio.to_thread(pipe.read)
+    _, errors = await discarding.communicate()
+    named = errors.count(b"is skipped:") + errors.count(b"discarded x")
+    assert named == 100 and len(printed.splitlines()) >= errors.count(b"discarded x")
+    assert discarding.returncode == 1
+
+
+async def test_what_cannot_be_printed_is_named_and_stays(server: Server, nc: Client) -> None:
+    await dead_letters(nc, b"order-0", b"order-1")
+    manage_py = shlex.join([sys.executable, "dlq/manage.py", *DLQ[1:], "discard", "--all", "--yes"])
+    script = await server.run("bash", "-c", f"{manage_py} >/dev/full")
+    assert script.process.returncode == 1
+    assert len(script.found("# . in orders_stream is skipped: OSError: .*")) == 2
+    assert await messages(nc, "orders_stream") == 2
+
+
+async def test_advisories_that_expire_in_the_meantime_hang_nothing(server: Server, nc: Client) -> None:
+    await dead_letters(nc, *(b"order-%d" % i for i in range(10)))
+    await create_durable(nc, filter_subject="$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.orders_stream.another")
+    script = await server.run("dlq/manage.py", *DLQ[1:], "retry", "3")
+    assert script.found("redriven order-2: .*|# 3 in orders_stream is skipped: .*")
+
+
+async def test_each_of_two_durables_has_its_own_dead_letters(server: Server, nc: Client) -> None:
+    """Whatever durable an advisory names."""
+    for name in ("a", "b"):
+        config = {"durable_name": name, "filter_subject": f"orders.{name}", "ack_policy": "explicit", "max_deliver": 1}
+        made = {"stream_name": "orders_stream", "config": config | {"ack_wait": 10**8}}
+        assert "error" not in await request(nc, f"CONSUMER.CREATE.orders_stream.{name}.orders.{name}", made)
+    await publish(nc, b"order-0", b"order-1", subject="orders.b")
+    await pull(nc, "orders_stream", "b", 3)
+    await until(lambda: holds(nc, "orders_unprocessed", 2))
+    await request(nc, "STREAM.PURGE.orders_unprocessed")
+    forged = {"stream": "orders_stream", "consumer": "a", "stream_seq": 1, "deliveries": 1}
+    await publish(nc, json.dumps(forged | {"timestamp": "0001-01-01T00:00:00Z"}).encode(), subject=f"{ADVISORIES}.a")
+    assert [one["sequence"] for one in await listed(server)] == [1, 2]
+    await manage(server, "list")
+    await manage(server, "retry", "1")
+    await manage(server, "discard", "2")
+    assert [await messages(nc, stream) for stream in BOTH] == [1, 0]
+
+
+async def test_others_are_left_to_dlq_processors_at_once(server: Server, nc: Client) -> None:
+    await dead_letters(nc, *(b"order-%d" % i for i in range(20)))
+    await manage(server, "retry", "20")
+    info = await durable_info(nc, "orders_unprocessed", DLQ_DURABLE)
+    assert info["num_ack_pending"] == 19
+    subscription = await pull(nc, "orders_unprocessed", DLQ_DURABLE, 19)
+    for _ in range(19):
+        await subscription.next_msg(5)
 
 
 async def test_the_state_of_a_queue(server: Server, nc: Client) -> None:

@@ -176,6 +176,29 @@ async def test_what_waits_for_a_retry_is_postponed_once_between_two_deliveries(
         assert asked.count(2) == 1
 
 
+async def test_repeated_advisories_do_not_keep_a_retry_away(server: Server, nc: Client, tmp_path: Path) -> None:
+    code = "BACKOFF = [5.0]\n\n\nasync def process(order: Msg) -> None:\n    raise ValueError"
+    consumer = (edited("consumer/consumer.py", code, tmp_path), *CONSUMER[1:])
+    async with server.script(*consumer) as working, server.script(*DLQ, "--concurrency", "4"):
+        await publish(nc, b"order-0")
+        await working.line("error processing order-0: .*")
+        advisory = {"stream": "orders_stream", "consumer": "processor", "stream_seq": 1, "deliveries": 2}
+        for _ in range(8):
+            await publish(nc, json.dumps(advisory).encode(), subject=f"{ADVISORIES}.processor")
+        await working.line("order-0 will be processed via DLQ")
+        await emptied(nc, *BOTH)
+
+
+async def test_two_advisories_of_one_dead_letter_are_one_attempt(server: Server, nc: Client, tmp_path: Path) -> None:
+    slow = with_body("dlq/consumer.py", "reprocess", "await asyncio.sleep(2)", tmp_path)
+    await dead_letters(nc, b"order-0")
+    advisory = {"stream": "orders_stream", "consumer": "processor", "stream_seq": 1, "deliveries": 2}
+    await publish(nc, json.dumps(advisory).encode(), subject=f"{ADVISORIES}.processor")
+    async with server.script(slow, *DLQ[1:], "--concurrency", "4") as dlq:
+        await emptied(nc, *BOTH)
+        assert dlq.found("reprocessing .*") == ["reprocessing order order-0"]
+
+
 async def test_a_dead_letter_that_was_reprocessed_removes_nothing_of_another_server(
     bare_server: Server, tmp_path: Path
 ) -> None:

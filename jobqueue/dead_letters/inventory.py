@@ -28,10 +28,14 @@ async def find_candidates(nc: Client, dlq_stream: str, verifier: Verifier, seque
         raise Error(f"{verifier.stream} has no durable, so none of its messages can be dead")
     if sequences:  # `look` finds the right durable
         hints = {number: hints.get(number, Hint(number, durables[0].name)) for number in sequences}
-    elif await _are_some_dead(nc, verifier):
-        for durable in durables:
-            for number in await find_unnamed(nc, verifier.stream, durable, hints):
-                hints[number] = Hint(number, durable.name)
+    else:
+        unnamed = {
+            number: Hint(number, durable.name)
+            for durable in durables
+            for number in await find_unnamed(nc, verifier.stream, durable, hints)
+        }
+        if unnamed and await _are_more_dead(nc, verifier, list(hints.values())):
+            hints |= unnamed
 
     async def look_first(hint: Hint) -> None:
         await verifier.why_alive(hint.sequence, hint.consumer)
@@ -42,10 +46,16 @@ async def find_candidates(nc: Client, dlq_stream: str, verifier: Verifier, seque
     return [hints[number] for number in sorted(hints)]
 
 
-async def _are_some_dead(nc: Client, verifier: Verifier) -> bool:
-    """Return whether some are dead by the server's counts; if not, nothing that waits for a retry is asked about."""
+async def _are_more_dead(nc: Client, verifier: Verifier, hints: list[Hint]) -> bool:
+    """Return whether, by the server's counts, more are dead than are named.
+
+    If not, nothing else is asked about: that would postpone what waits for a retry.
+    """
+    named = 0
+    async for _ in read_dead_letters(nc, verifier, hints):
+        named += 1
     for _ in range(COUNTS):
-        if any(dead > 0 for dead in await count_dead(nc, verifier.stream, await verifier.durables.find_all())):
+        if sum(await count_dead(nc, verifier.stream, await verifier.durables.find_all())) > named:
             return True
         await asyncio.sleep(COUNT_INTERVAL)
     return False

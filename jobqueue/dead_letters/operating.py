@@ -7,6 +7,7 @@ flight, a heartbeat follows within the ack wait; then it is skipped. Whoever is 
 
 import asyncio
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,7 +17,7 @@ from nats.errors import Error
 from nats.js.api import AckPolicy, ConsumerConfig
 
 from jobqueue.client import Client
-from jobqueue.dead_letters.advisories import Hint, publish_advisory
+from jobqueue.dead_letters.advisories import Hint, publish_advisory, read_hints
 from jobqueue.dead_letters.inventory import find_candidates
 from jobqueue.dead_letters.pending import delayed_nak
 from jobqueue.dead_letters.reading import get_message
@@ -25,7 +26,7 @@ from jobqueue.dead_letters.verifying import GONE, DeadLetter, Verifier
 from jobqueue.durables import Durable, Durables, ensure_durable, shortest_ack_wait
 from jobqueue.errors import describe_error, printable
 from jobqueue.in_flight import ACK
-from jobqueue.streams import REQUEST_TIMEOUT, ack_subject, parse_ack_subject
+from jobqueue.streams import REQUEST_TIMEOUT, ack_subject, parse_ack_subject, require_connection
 from jobqueue.tasks import run_for_each
 from jobqueue.time_limit import TimeLimit
 from jobqueue.worker import Worker
@@ -66,6 +67,8 @@ class Operation:
         self._shutdown = shutdown
         self._is_for_all = False
         self._wanted: dict[int, Hint] = {}  # by the stream sequence of an advisory
+        self._named: set[int] = set()  # dead letters that have got an advisory
+        self._unwanted: dict[int, str] = {}  # other advisories that were delivered to us, with their ack subjects
         self._heard: set[int] = set()  # advisories that somebody else sent something about
         self._verifier = Verifier(nc, stream)
         self._durables = Durables(nc, dlq_stream)
@@ -81,7 +84,14 @@ class Operation:
         first = {"ack_wait": ACK_WAIT, "max_ack_pending": MAX_ACK_PENDING}
         await ensure_durable(self._nc, self._dlq_stream, config.evolve(**first))
         candidates = await find_candidates(self._nc, self._dlq_stream, self._verifier, sequences)
-        await run_for_each(candidates, self._want)
+        await run_for_each([hint for hint in candidates if not hint.advisories], self._name)
+        # Read after that: a message that has died meanwhile has an advisory of the server's own, too.
+        hints = await read_hints(self._nc, self._dlq_stream, self._verifier.stream)
+        for sequence in self._named | {hint.sequence for hint in candidates if hint.advisories}:
+            if hint := hints.get(sequence):
+                self._wanted |= dict.fromkeys(hint.advisories, hint)
+            else:
+                await self._miss(sequence)
         time_limit = TimeLimit(REQUEST_TIMEOUT)  # which nothing is run with
         self._worker = Worker(self._nc, self._dlq_stream, config, self._handle, CONCURRENCY, time_limit)
         working = asyncio.create_task(self._worker.run(self._shutdown))
@@ -92,19 +102,19 @@ class Operation:
         finally:
             self._shutdown.set()
             await working
+            for reply in self._unwanted.values():  # at once, and not when the delay is over
+                await self._nc.publish(reply, delayed_nak(RELEASE_DELAY))
         self.tally["skipped"] += len({hint.sequence for hint in self._wanted.values()})
 
-    async def _want(self, hint: Hint) -> None:
-        """Take a candidate into account; publish an advisory of it if it has none, as a DLQ processor would."""
+    async def _name(self, hint: Hint) -> None:
+        """Publish an advisory of a dead letter that has none, as a DLQ processor would."""
         try:
-            if not hint.advisories:
-                letter, why = await self._verifier.look(hint)
-                if not letter:
-                    self._skip_alive(hint.sequence, why)
-                    return
-                stored = await publish_advisory(self._nc, letter.stream, letter.durable, hint.sequence)
-                hint = hint._replace(advisories=(stored.seq,))
-            self._wanted |= dict.fromkeys(hint.advisories, hint)
+            letter, why = await self._verifier.look(hint)
+            if letter:
+                await publish_advisory(self._nc, letter.stream, letter.durable, hint.sequence)
+                self._named.add(hint.sequence)
+            else:
+                self._skip_alive(hint.sequence, why)
         except (Error, TimeoutError) as error:
             self._skip(hint.sequence, describe_error(error))
 
@@ -113,7 +123,9 @@ class Operation:
         durable = await self._durables.find(self._durable, since=asyncio.get_running_loop().time())
         if not durable:
             return
-        delivered = [advisory for advisory in self._wanted if advisory <= durable.delivered]
+        # Without anything to be delivered, the rest is gone, or is not for this durable.
+        last = durable.delivered if durable.waiting else sys.maxsize
+        delivered = [advisory for advisory in self._wanted if advisory <= last]
         if others := [advisory for advisory in delivered if not self._worker.has(advisory)]:
             await self._lease(durable, others)
         elif len(delivered) < len(self._wanted) and not self._worker.in_flight:
@@ -131,14 +143,15 @@ class Operation:
         """Take advisories that wait for a retry, and skip those that somebody else has in flight."""
         self._heard -= set(advisories)
         pending: list[int] = []
+        listening_time = shortest_ack_wait(durable.config) + HEARTBEAT_LATENESS
 
         async def ask(advisory: int) -> None:
-            if await self._ask(advisory, durable.consumer_seq, durable.reconnects):
+            if await self._ask(advisory, durable.consumer_seq, durable.reconnects, LEASE + listening_time):
                 pending.append(advisory)
 
         await run_for_each(advisories, ask)
         if pending:
-            await asyncio.sleep(shortest_ack_wait(durable.config) + HEARTBEAT_LATENESS)
+            await asyncio.sleep(listening_time)
         await run_for_each(advisories, lambda advisory: self._take(durable, advisory))
 
     async def _take(self, durable: Durable, advisory: int) -> None:
@@ -156,11 +169,23 @@ class Operation:
         if found:
             self._skip(hint.sequence, IN_FLIGHT)
         else:
-            self._skip_alive(hint.sequence, GONE)
+            await self._miss(hint.sequence)
+
+    async def _miss(self, sequence: int) -> None:
+        """Name a dead letter whose advisory is gone, unless somebody else has handled it."""
+        durables = await self._verifier.durables.find_all()
+        letter, why = await self._verifier.look(Hint(sequence, durables[0].name if durables else self._durable))
+        if letter:
+            self._skip(sequence, "its advisory is gone; run the command again")
+        else:
+            self._skip_alive(sequence, why)
 
     async def _handle(self, advisory: Msg) -> bytes:
-        sequence = advisory.metadata.sequence.stream
-        if not (hint := self._wanted.get(sequence)) or sequence in self._heard:  # then `_watch` leases it
+        sequence, reconnects = advisory.metadata.sequence.stream, int(self._nc.stats["reconnects"])
+        if not (hint := self._wanted.get(sequence)):
+            self._unwanted[sequence] = advisory.reply
+            return delayed_nak(LEASE)
+        if sequence in self._heard:  # then `_watch` leases it
             return delayed_nak(LEASE)
         if self._shutdown.is_set():
             return delayed_nak(RELEASE_DELAY)
@@ -173,11 +198,12 @@ class Operation:
                 await self._finish(letter, advisory)
             else:
                 self._skip_alive(hint.sequence, why)
-        except (Error, TimeoutError) as error:
+        except Exception as error:  # such as a full disk to print to
             self._skip(hint.sequence, describe_error(error))
             return delayed_nak(RETRY_DELAY)
         with suppress(Error, TimeoutError):  # then a DLQ processor finds that the message is gone
             for other in set(hint.advisories) - {sequence}:
+                require_connection(self._nc, reconnects)
                 await self._nc.request(ack_subject(self._dlq_stream, self._durable, 1, other), ACK, REQUEST_TIMEOUT)
         return ACK
 
@@ -207,8 +233,8 @@ class Operation:
         if not is_pending or sequence.stream in self._heard:
             raise Error(IN_FLIGHT)
 
-    async def _ask(self, advisory: int, consumer_seq: int, reconnects: int) -> bool:
-        names, nak = (self._dlq_stream, self._durable), delayed_nak(LEASE)
+    async def _ask(self, advisory: int, consumer_seq: int, reconnects: int, delay: float = LEASE) -> bool:
+        names, nak = (self._dlq_stream, self._durable), delayed_nak(delay)
         return await self._verifier.pending.ask(*names, consumer_seq, advisory, nak, reconnects)
 
     async def _hear(self, message: Msg) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
@@ -33,12 +34,12 @@ class Pending:
 
     Args:
         nc: the connection.
-        on_failed: is called with the durable and the stream sequence when a consumer naks a message after a redelivery.
+        on_nak: is called with each advisory, whoever has sent the nak.
     """
 
-    def __init__(self, nc: Client, on_failed: Callable[[str, int], None] = lambda *_: None) -> None:
+    def __init__(self, nc: Client, on_nak: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
         self._nc = nc
-        self._on_failed = on_failed
+        self._on_nak = on_nak
         self._asked: dict[tuple[str, str, int], list[asyncio.Event]] = {}  # by stream, durable and stream sequence
         self._subscriptions: list[Subscription] = []
 
@@ -76,11 +77,9 @@ class Pending:
     async def _receive(self, message: Msg) -> None:
         with suppress(ValueError, TypeError, KeyError):
             advisory = json.loads(message.data)
-            key = advisory["stream"], advisory["consumer"], advisory["stream_seq"]
-            for is_pending in self._asked.get(key, ()):
+            for is_pending in self._asked.get((advisory["stream"], advisory["consumer"], advisory["stream_seq"]), ()):
                 is_pending.set()
-            if advisory["deliveries"] > 1:  # our own questions say 1
-                self._on_failed(*key[1:])
+            self._on_nak(advisory)
 
 
 def delayed_nak(seconds: float) -> bytes:

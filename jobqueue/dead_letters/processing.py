@@ -50,7 +50,7 @@ class Processing:
         """Process the message that an advisory is about, and return how to ack the advisory."""
         stream = self.verifier.stream
         try:
-            hint = parse_advisory(advisory.data, stream)
+            hint = parse_advisory(advisory.data, stream)._replace(advisories=(advisory.metadata.sequence.stream,))
         except ValueError:
             self.tally["deleted"] += 1
             log.warning("deleted, for it is no advisory of %s: %s", stream, printable(advisory.data))

@@ -36,9 +36,7 @@ async def search(nc: Client, dlq_stream: str, verifier: Verifier) -> None:
             for durable in durables:
                 verifier.forget_old_questions(durable)
             if max(counts, default=0) > 0 and now() > next_look_at:
-                for durable, dead in zip(durables, counts, strict=True):
-                    if dead > 0:
-                        await _publish_missing(nc, dlq_stream, verifier, durable)
+                await _publish_missing(nc, dlq_stream, verifier, durables)
                 next_look_at = now() + LOOK_INTERVAL
             complaint = ""
         except Exception as error:  # whatever it is, the next look comes
@@ -48,20 +46,24 @@ async def search(nc: Client, dlq_stream: str, verifier: Verifier) -> None:
         await asyncio.sleep(COUNT_INTERVAL)
 
 
-async def _publish_missing(nc: Client, dlq_stream: str, verifier: Verifier, durable: Durable) -> None:
-    now, stream, suspects = asyncio.get_running_loop().time, verifier.stream, list[int]()
+async def _publish_missing(nc: Client, dlq_stream: str, verifier: Verifier, durables: list[Durable]) -> None:
+    now, stream, suspects = asyncio.get_running_loop().time, verifier.stream, list[Hint]()
     hints = await read_hints(nc, dlq_stream, stream, share=MAX_LOOK_SHARE)
     read_up_to = max((number for hint in hints.values() for number in hint.advisories), default=0)
-    unnamed = await find_unnamed(nc, stream, durable, hints, MAX_LOOK_SHARE)
-    candidates = [sequence for sequence in unnamed if verifier.may_ask(durable, sequence)]
+    candidates = [
+        Hint(sequence, durable.name)
+        for durable in durables
+        for sequence in await find_unnamed(nc, stream, durable, hints, MAX_LOOK_SHARE)
+        if verifier.may_ask(durable, sequence)
+    ]
     del hints
     if not candidates:
         return
 
-    async def ask(sequence: int) -> None:
-        _, why = await verifier.why_alive(sequence, durable.name)
+    async def ask(hint: Hint) -> None:
+        _, why = await verifier.why_alive(hint.sequence, hint.consumer)
         if why in ("", UNCONFIRMED):
-            suspects.append(sequence)
+            suspects.append(hint)
 
     await asyncio.sleep(SETTLING_TIME)
     begun = now()
@@ -69,12 +71,12 @@ async def _publish_missing(nc: Client, dlq_stream: str, verifier: Verifier, dura
     await asyncio.sleep(max(CONFIRM_DELAY, (now() - begun) * (1 / MAX_LOOK_SHARE - 1)))
     named = await read_hints(nc, dlq_stream, stream, after=read_up_to)
 
-    async def publish(sequence: int) -> None:
-        letter, _ = await verifier.look(Hint(sequence, durable.name))
-        if letter and sequence not in named:
-            stored = await publish_advisory(nc, stream, letter.durable, sequence)
+    async def publish(hint: Hint) -> None:
+        letter, _ = await verifier.look(hint)
+        if letter and hint.sequence not in named:
+            stored = await publish_advisory(nc, stream, letter.durable, hint.sequence)
             if not stored.duplicate:
-                log.info("dead letter # %d in %s had no advisory: published one", sequence, stream)
+                log.info("dead letter # %d in %s had no advisory: published one", hint.sequence, stream)
 
     await run_for_each(suspects, publish)
 

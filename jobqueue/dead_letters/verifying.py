@@ -1,7 +1,7 @@
 """Is a message dead? By the server's own word, whatever an advisory says."""
 
 import asyncio
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
@@ -15,6 +15,8 @@ from jobqueue.streams import ack_subject
 CONFIRM_DELAY = 2.5  # seconds; on replicas, it may take so long until what was acked has left the stream
 MAX_TIMER_LATENESS = 1.0  # seconds, of the server
 NO_DELIVERY_TIME = 30.0  # seconds without a sign that the server redelivers what is due
+# Questions between two deliveries: the search has one. An advisory may come right after that, and be the server's own.
+MAX_QUESTIONS, MAX_QUESTIONS_IF_NAMED = 1, 3
 MAX_FIRST_LOOKS = 200_000  # that are remembered
 FIRST_LOOK_VALID_FOR = 600.0  # seconds
 GONE = "is gone"
@@ -48,17 +50,17 @@ class Verifier:
     def __init__(self, nc: Client, stream: str) -> None:
         self.stream = stream
         self.durables = Durables(nc, stream)
-        self.pending = Pending(nc, self._forget)
+        self.pending = Pending(nc, self._note_nak)
         self._nc = nc
-        self._asked_at: dict[tuple[str, int], float] = {}  # by durable and sequence: what was found pending
+        # By durable and sequence: how often, and when at last, anybody has found a message pending.
+        self._questions: dict[tuple[str, int], tuple[int, float]] = {}
         self._first_looks: dict[int, float] = {}  # by sequence: when it was first found not to be pending
         self._now = asyncio.get_running_loop().time
 
     async def look(self, hint: Hint) -> tuple[DeadLetter | None, str]:
         """Return the message that a hint is about, if it is dead; else why it is not."""
-        durable, why = await self.why_alive(hint.sequence, hint.consumer)
-        if why and durable:  # without the durable another one may take the message
-            return None, why
+        limit = MAX_QUESTIONS_IF_NAMED if hint.advisories else MAX_QUESTIONS
+        durable, why = await self.why_alive(hint.sequence, hint.consumer, limit)
         # After the question: what was acked before that is gone; and it may have been about a durable that is gone.
         message, after = await asyncio.gather(
             get_message(self._nc, self.stream, hint.sequence), self.durables.find(hint.consumer, since=self._now())
@@ -70,12 +72,14 @@ class Verifier:
             if other:
                 return await self.look(hint._replace(consumer=other.name))
             return None, why or f"is not for the durable {hint.consumer}, and no other one takes it"
-        if not after or after.created != durable.created:
+        if why:
+            return None, why
+        if not after or after.created != durable.created or after.delivered < hint.sequence:
             return await self.look(hint)
         deliveries = hint.deliveries or max(durable.config["max_deliver"], 1)
         return DeadLetter(self.stream, after, deliveries, hint.died_at, message), ""
 
-    async def why_alive(self, sequence: int, name: str) -> tuple[Durable | None, str]:
+    async def why_alive(self, sequence: int, name: str, limit: int = MAX_QUESTIONS) -> tuple[Durable | None, str]:
         """Return a durable, and why a message of it may be alive, as long as it is stored; "" if it is not."""
         durable = await self.durables.find(name)
         if durable and sequence > durable.delivered:
@@ -85,23 +89,22 @@ class Verifier:
         if sequence > durable.delivered:
             return durable, f"will be delivered: {name} has not delivered it yet"
         if durable.pending:
-            if not self.may_ask(durable, sequence):
+            if not self.may_ask(durable, sequence, limit):
                 return durable, ASKED_RECENTLY
             nak, last = delayed_nak(durable.longest_wait), durable.consumer_seq
             if await self.pending.ask(self.stream, name, last, sequence, nak, durable.reconnects):
-                self._asked_at[name, sequence] = self._now()
                 self._first_looks.pop(sequence, None)
                 return durable, "is in flight or waits for a retry"
         return durable, UNCONFIRMED if durable.has_replicas and not self._is_confirmed(sequence) else ""
 
-    def may_ask(self, durable: Durable, sequence: int) -> bool:
-        """Return whether the question would not postpone the same retry for a second time.
+    def may_ask(self, durable: Durable, sequence: int, limit: int = MAX_QUESTIONS) -> bool:
+        """Return whether so many questions between two deliveries leave one more.
 
-        A message that was found pending was postponed by that. When that is over, and a pull request is left waiting,
-        it has been redelivered. Without pull requests that can't be told, and it is asked about in the end.
+        Each one postpones a retry. When that is over, and a pull request is left waiting, the message has been
+        redelivered. Without pull requests that can't be told, and it is asked about in the end.
         """
-        asked_at = self._asked_at.get((durable.name, sequence))
-        if asked_at is None:
+        count, asked_at = self._questions.get((durable.name, sequence), (0, 0.0))
+        if count < limit:
             return True
         # The server adds the delay to the difference between the present back-off and the first one.
         due_at = asked_at + 2 * durable.longest_wait + MAX_TIMER_LATENESS
@@ -110,12 +113,19 @@ class Verifier:
 
     def forget_old_questions(self, durable: Durable) -> None:
         """Forget the messages of a durable that were found pending and may be asked about again."""
-        for name, sequence in list(self._asked_at):
-            if name == durable.name and (not durable.pending or self.may_ask(durable, sequence)):
-                self._forget(name, sequence)
+        for key in list(self._questions):
+            if key[0] == durable.name and (not durable.pending or self.may_ask(durable, key[1])):
+                del self._questions[key]
 
-    def _forget(self, name: str, sequence: int) -> None:
-        self._asked_at.pop((name, sequence), None)
+    def _note_nak(self, advisory: dict[str, Any]) -> None:
+        """Count a question, of this process or another one; they all say that it was the first delivery."""
+        key = advisory["consumer"], advisory["stream_seq"]
+        if advisory["stream"] != self.stream:
+            return
+        if advisory["deliveries"] > 1:  # so a consumer has got it since
+            self._questions.pop(key, None)
+        else:
+            self._questions[key] = self._questions.get(key, (0, 0.0))[0] + 1, self._now()
 
     def _is_confirmed(self, sequence: int) -> bool:
         now = self._now()
