@@ -94,7 +94,7 @@ async def show_all(nc: Client) -> None:
         print(ROW.format("SEQUENCE", "SUBJECT", "PUBLISHED", "DIED", "DELIVERIES", "ID", "PAYLOAD"))
     verifier = Verifier(nc, options.original_stream)
     await verifier.pending.start(options.original_stream)
-    candidates = await find_candidates(nc, options.dlq_stream, verifier, set())
+    candidates, _ = await find_candidates(nc, options.dlq_stream, verifier, set())
     async for letter in read_dead_letters(nc, verifier, candidates):
         show(letter)
 

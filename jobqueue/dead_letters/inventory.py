@@ -21,9 +21,15 @@ COUNTS = 3  # of the dead letters; under traffic one alone may be wrong
 COUNT_INTERVAL = 0.1  # seconds
 
 
-async def find_candidates(nc: Client, dlq_stream: str, verifier: Verifier, sequences: set[int]) -> list[Hint]:
-    """Return hints of these messages, or of all that may be dead if there are no sequences; then look at each."""
+async def find_candidates(
+    nc: Client, dlq_stream: str, verifier: Verifier, sequences: set[int]
+) -> tuple[list[Hint], int]:
+    """Return hints of these messages, or of all that may be dead if there are no sequences; then look at each.
+
+    Also return the stream sequence of the last advisory that was read.
+    """
     hints, durables = await read_hints(nc, dlq_stream, verifier.stream), await verifier.durables.find_all()
+    read_up_to = max((number for hint in hints.values() for number in hint.advisories), default=0)
     if not durables:
         raise Error(f"{verifier.stream} has no durable, so none of its messages can be dead")
     if sequences:  # `look` finds the right durable
@@ -43,7 +49,7 @@ async def find_candidates(nc: Client, dlq_stream: str, verifier: Verifier, seque
     if any(durable.has_replicas for durable in durables):
         await run_for_each(hints.values(), look_first)
         await asyncio.sleep(CONFIRM_DELAY)
-    return [hints[number] for number in sorted(hints)]
+    return [hints[number] for number in sorted(hints)], read_up_to
 
 
 async def _are_more_dead(nc: Client, verifier: Verifier, hints: list[Hint]) -> bool:

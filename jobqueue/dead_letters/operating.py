@@ -41,6 +41,7 @@ ACK_WAIT = 5.0  # seconds, of a durable that no DLQ processor has configured yet
 MAX_ACK_PENDING = 100_000  # as DLQ processors have it
 HEARTBEAT_LATENESS = 0.5  # seconds until a heartbeat has arrived
 WATCH_INTERVAL = 0.2  # seconds
+NO_HINT = Hint(0, "")
 IN_FLIGHT = "a DLQ processor or another operator has it in flight"
 
 
@@ -83,17 +84,18 @@ class Operation:
         # What a DLQ processor has configured stays.
         first = {"ack_wait": ACK_WAIT, "max_ack_pending": MAX_ACK_PENDING}
         await ensure_durable(self._nc, self._dlq_stream, config.evolve(**first))
-        candidates = await find_candidates(self._nc, self._dlq_stream, self._verifier, sequences)
+        candidates, read_up_to = await find_candidates(self._nc, self._dlq_stream, self._verifier, sequences)
         await run_for_each([hint for hint in candidates if not hint.advisories], self._name)
         # Read after that: a message that has died meanwhile has an advisory of the server's own, too.
-        hints = await read_hints(self._nc, self._dlq_stream, self._verifier.stream)
-        for sequence in self._named | {hint.sequence for hint in candidates if hint.advisories}:
-            if hint := hints.get(sequence):
-                self._wanted |= dict.fromkeys(hint.advisories, hint)
-            else:
-                await self._miss(sequence)
+        newer = await read_hints(self._nc, self._dlq_stream, self._verifier.stream, after=read_up_to)
+        for hint in candidates:
+            if advisories := hint.advisories + newer.get(hint.sequence, NO_HINT).advisories:
+                self._wanted |= dict.fromkeys(advisories, hint._replace(advisories=advisories))
+            elif hint.sequence in self._named:
+                await self._miss(hint.sequence)
         time_limit = TimeLimit(REQUEST_TIMEOUT)  # which nothing is run with
         self._worker = Worker(self._nc, self._dlq_stream, config, self._handle, CONCURRENCY, time_limit)
+        reconnects = int(self._nc.stats["reconnects"])
         working = asyncio.create_task(self._worker.run(self._shutdown))
         try:
             while self._wanted and not self._shutdown.is_set() and not working.done():
@@ -102,8 +104,10 @@ class Operation:
         finally:
             self._shutdown.set()
             await working
-            for reply in self._unwanted.values():  # at once, and not when the delay is over
-                await self._nc.publish(reply, delayed_nak(RELEASE_DELAY))
+            with suppress(Error):  # else they are redelivered when the delay is over
+                for reply in self._unwanted.values():
+                    require_connection(self._nc, reconnects)
+                    await self._nc.publish(reply, delayed_nak(RELEASE_DELAY))
         self.tally["skipped"] += len({hint.sequence for hint in self._wanted.values()})
 
     async def _name(self, hint: Hint) -> None:
