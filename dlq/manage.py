@@ -116,8 +116,8 @@ def print_first(letter: DeadLetter) -> None:
     """Print a dead letter before it is discarded, or raise an error."""
     try:
         print(json.dumps(as_json(letter)), flush=True)
-    except BrokenPipeError:
-        raise Error("it could not be printed") from None
+    except OSError as error:  # nobody reads any more, or the disk is full
+        raise Error(f"it could not be printed: {error.strerror}") from None
 
 
 async def handle_all(nc: Client) -> int:
@@ -147,10 +147,12 @@ async def run() -> int:
             else:
                 skipped = await handle_all(nc)
             sys.stdout.flush()
-        except BrokenPipeError:  # whoever reads the list has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (Error, TimeoutError) as error:
             raise Failure(f"{options.command} has not finished: {describe_error(error)}; run it again") from None
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more
+            if not isinstance(error, BrokenPipeError):  # then whoever reads the list has seen enough
+                raise Failure(f"cannot print: {error.strerror}") from None
     return 1 if skipped else 0
 
 

@@ -27,6 +27,7 @@ from tests.harness import (
     publish,
     pull,
     request,
+    serving,
     state,
     until,
     with_body,
@@ -113,13 +114,16 @@ async def test_dead_letters_that_wait_for_a_retry_are_handled_at_once(
         assert redriven > 50
 
 
-async def test_large_dead_letters(server: Server, nc: Client) -> None:
-    orders = [b"%d" % i + b"x" * 1_000_000 for i in range(40)]
-    await dead_letters(nc, *orders)
-    assert [one["sequence"] for one in await listed(server)] == list(range(1, 41))
-    await manage(server, "retry", "7")
-    await manage(server, "discard", "--all", "--yes")
-    assert [await messages(nc, stream) for stream in BOTH] == [1, 0]
+async def test_large_dead_letters(tmp_path: Path) -> None:
+    """The server ends a connection for which too much waits."""
+    async with serving(tmp_path, "max_pending: 12MB") as server, server.client() as nc:
+        await server.create_streams()
+        for tens in range(4):
+            await dead_letters(nc, *(b"%d" % (10 * tens + i) + b"x" * 1_000_000 for i in range(10)))
+        assert [one["sequence"] for one in await listed(server)] == list(range(1, 41))
+        await manage(server, "retry", "7")
+        await manage(server, "discard", "--all", "--yes")
+        assert [await messages(nc, stream) for stream in BOTH] == [1, 0]
 
 
 async def test_one_that_does_not_fit_is_skipped_and_the_others_go_on(bare_server: Server) -> None:
@@ -127,7 +131,7 @@ async def test_one_that_does_not_fit_is_skipped_and_the_others_go_on(bare_server
     server = bare_server
     await server.create_streams()
     async with server.client() as nc:
-        await dead_letters(nc, b"x" * 70_000, b"order-1", b"x" * 60_000)
+        await dead_letters(nc, b"x" * 65_500, b"order-1", b"x" * 60_000)
         config = (await request(nc, "STREAM.INFO.orders_stream"))["config"]
         await request(nc, "STREAM.UPDATE.orders_stream", config | {"max_msg_size": 60_010})
     server.configure("max_payload: 65536")
@@ -192,7 +196,7 @@ async def test_a_request_that_fails_ends_in_one_line(server: Server, nc: Client)
 
         proxy.drops = drops
         script = await manage(server, "list", status=1, NATS_URL=proxy.url)
-    assert script.messages[-1] == "list has not finished: timed out; run it again"
+    assert "list has not finished: timed out; run it again" in script.messages
     assert not [line for line in script.lines if "Traceback" in line]
 
 
@@ -252,7 +256,7 @@ async def test_what_cannot_be_printed_is_named_and_stays(server: Server, nc: Cli
     manage_py = shlex.join([sys.executable, "dlq/manage.py", *DLQ[1:], "discard", "--all", "--yes"])
     script = await server.run("bash", "-c", f"{manage_py} >/dev/full")
     assert script.process.returncode == 1
-    assert len(script.found("# . in orders_stream is skipped: OSError: .*")) == 2
+    assert len(script.found("# . in orders_stream is skipped: it could not be printed: No space left on device")) == 2
     assert await messages(nc, "orders_stream") == 2
 
 

@@ -149,6 +149,22 @@ async def test_a_nak_of_ones_own_work_outlasts_the_backoff(server: Server, nc: C
         assert working.found("began (.*)") == ["later", "order-1", "order-1"]
 
 
+async def test_a_nak_of_ones_own_work_at_the_last_attempt_counts_too(
+    server: Server, nc: Client, tmp_path: Path
+) -> None:
+    """It becomes a dead letter when its delay is over."""
+    body = """if order.data == b"later" and order.metadata.num_delivered == 2:
+        await order.nak(delay=3600)
+    raise ValueError"""
+    consumer = (with_body("consumer/consumer.py", "process", body, tmp_path), *CONSUMER[1:])
+    async with server.script(*consumer) as working:
+        await publish(nc, b"later")
+        await working.line("error processing later: .*", 2)
+        await publish(nc, b"order-1")
+        await until(lambda: holds(nc, "orders_unprocessed", 1))
+        assert working.found(".* will be processed via DLQ") == ["order-1 will be processed via DLQ"]
+
+
 async def test_a_nak_and_then_a_return_is_done(server: Server, nc: Client, tmp_path: Path) -> None:
     nak = with_body("consumer/consumer.py", "process", "await order.nak(delay=3600)", tmp_path)
     await publish(nc, b"order-0")
@@ -182,11 +198,16 @@ async def test_repeated_advisories_do_not_keep_a_retry_away(server: Server, nc: 
     async with server.script(*consumer) as working, server.script(*DLQ, "--concurrency", "4"):
         await publish(nc, b"order-0")
         await working.line("error processing order-0: .*")
+        acks = await nc.subscribe("$JS.ACK.orders_stream.processor.*.1.>")
+        await nc.flush()
         advisory = {"stream": "orders_stream", "consumer": "processor", "stream_seq": 1, "deliveries": 2}
         for _ in range(8):
             await publish(nc, json.dumps(advisory).encode(), subject=f"{ADVISORIES}.processor")
         await working.line("order-0 will be processed via DLQ")
         await emptied(nc, *BOTH)
+        sent = [(await acks.next_msg(1)).data for _ in range(acks.pending_msgs)]
+        assert b"+WPI" not in sent, "it restarts the ack wait"
+        assert len([ack for ack in sent if ack.startswith(b"-NAK {")]) <= 3, "questions"
 
 
 async def test_two_advisories_of_one_dead_letter_are_one_attempt(server: Server, nc: Client, tmp_path: Path) -> None:
