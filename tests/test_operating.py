@@ -18,6 +18,7 @@ from tests.harness import (
     CONSUMER,
     DLQ,
     Server,
+    clustered,
     dead_letters,
     durable_info,
     emptied,
@@ -284,6 +285,20 @@ async def test_each_of_two_durables_has_its_own_dead_letters(server: Server, nc:
     await manage(server, "retry", "1")
     await manage(server, "discard", "2")
     assert [await messages(nc, stream) for stream in BOTH] == [1, 0]
+
+
+async def test_on_replicas_all_commands_work(tmp_path: Path) -> None:
+    async with clustered(tmp_path) as (cluster, nc):
+        await dead_letters(nc, b"lost-0", b"lost-1")
+        await request(nc, "STREAM.PURGE.orders_unprocessed")
+        await dead_letters(nc, b"dead-2", b"dead-3")
+        await publish(nc, b"alive")
+        assert [one["sequence"] for one in await listed(cluster)] == [1, 2, 3, 4]
+        await manage(cluster, "retry", "1")
+        await manage(cluster, "retry", "3")
+        await manage(cluster, "discard", "--all", "--yes")
+        await until(lambda: holds(nc, "orders_stream", 3))
+        await until(lambda: holds(nc, "orders_unprocessed", 0))
 
 
 async def test_others_are_left_to_dlq_processors_at_once(server: Server, nc: Client) -> None:

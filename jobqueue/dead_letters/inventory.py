@@ -14,8 +14,9 @@ from jobqueue.dead_letters.headers import find_header, read_headers
 from jobqueue.dead_letters.reading import window_size
 from jobqueue.dead_letters.searching import find_unnamed
 from jobqueue.dead_letters.verifying import CONFIRM_DELAY, DeadLetter, Verifier
+from jobqueue.durables import Durable
 from jobqueue.stored import format_time
-from jobqueue.tasks import run_all, run_for_each
+from jobqueue.tasks import run_all
 
 COUNTS = 3  # of the dead letters; under traffic one alone may be wrong
 COUNT_INTERVAL = 0.1  # seconds
@@ -34,31 +35,34 @@ async def find_candidates(
         raise Error(f"{verifier.stream} has no durable, so none of its messages can be dead")
     if sequences:  # `look` finds the right durable
         hints = {number: hints.get(number, Hint(number, durables[0].name)) for number in sequences}
-    else:
+    await _look_first(nc, verifier, durables, hints)
+    if not sequences:
         unnamed = {
             number: Hint(number, durable.name)
             for durable in durables
             for number in await find_unnamed(nc, verifier.stream, durable, hints)
         }
-        if unnamed and await _are_more_dead(nc, verifier, list(hints.values())):
+        if unnamed and await _are_more_dead(nc, verifier, hints):
+            await _look_first(nc, verifier, durables, unnamed)
             hints |= unnamed
-
-    async def look_first(hint: Hint) -> None:
-        await verifier.why_alive(hint.sequence, hint.consumer)
-
-    if any(durable.has_replicas for durable in durables):
-        await run_for_each(hints.values(), look_first)
-        await asyncio.sleep(CONFIRM_DELAY)
     return [hints[number] for number in sorted(hints)], read_up_to
 
 
-async def _are_more_dead(nc: Client, verifier: Verifier, hints: list[Hint]) -> bool:
+async def _look_first(nc: Client, verifier: Verifier, durables: list[Durable], hints: dict[int, Hint]) -> None:
+    """On replicas, look at messages for the first time, so that the next look is certain."""
+    if any(durable.has_replicas for durable in durables):
+        async for _ in read_dead_letters(nc, verifier, list(hints.values())):
+            pass
+        await asyncio.sleep(CONFIRM_DELAY)
+
+
+async def _are_more_dead(nc: Client, verifier: Verifier, hints: dict[int, Hint]) -> bool:
     """Return whether, by the server's counts, more are dead than are named.
 
     If not, nothing else is asked about: that would postpone what waits for a retry.
     """
     named = 0
-    async for _ in read_dead_letters(nc, verifier, hints):
+    async for _ in read_dead_letters(nc, verifier, list(hints.values())):
         named += 1
     for _ in range(COUNTS):
         if sum(await count_dead(nc, verifier.stream, await verifier.durables.find_all())) > named:
