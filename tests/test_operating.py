@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from nats.aio.client import Client
 
+from jobqueue.dead_letters.advisories import publish_advisory
+from jobqueue.durables import Durables
 from tests.harness import (
     ADVISORIES,
     CONSUMER,
@@ -250,6 +252,18 @@ async def test_a_dead_letter_whose_advisory_is_gone_is_named(server: Server, nc:
     named = errors.count(b"is skipped:") + errors.count(b"discarded x")
     assert named == 100 and len(printed.splitlines()) >= errors.count(b"discarded x")
     assert discarding.returncode == 1
+
+
+async def test_what_was_purged_gets_an_advisory_again(server: Server, nc: Client) -> None:
+    """Within the duplicate window of the first one, too."""
+    await dead_letters(nc, b"order-0")
+    durable = await Durables(nc, "orders_stream").find("processor")
+    assert durable
+    await publish_advisory(nc, "orders_stream", durable, 1)
+    await request(nc, "STREAM.PURGE.orders_unprocessed")
+    await manage(server, "retry", "1")
+    stored = (await request(nc, "STREAM.MSG.GET.orders_stream", {"seq": 2}))["message"]
+    assert b"Nats-Msg-Id: orders_stream.1.retry-1\r\n" in base64.b64decode(stored["hdrs"])
 
 
 async def test_what_cannot_be_printed_is_named_and_stays(server: Server, nc: Client) -> None:

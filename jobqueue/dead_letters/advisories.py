@@ -12,7 +12,7 @@ from nats.aio.client import Client
 from nats.js.api import PubAck
 
 from jobqueue.arguments import is_name
-from jobqueue.dead_letters.reading import StoredMessage, read_messages
+from jobqueue.dead_letters.reading import StoredMessage, get_message, read_messages
 from jobqueue.durables import Durable
 from jobqueue.stored import parse_time
 from jobqueue.streams import ADVISORY, REQUEST_TIMEOUT, api_request, require_connection, require_stream
@@ -95,9 +95,14 @@ async def publish_advisory(nc: Client, stream: str, durable: Durable, sequence: 
         "deliveries": max(durable.config["max_deliver"], 1),
         "max_deliver": durable.config["max_deliver"],
     }
-    subject, headers = f"{ADVISORY}.{stream}.{durable.name}", {"Nats-Msg-Id": message_id}
+    subject, payload = f"{ADVISORY}.{stream}.{durable.name}", json.dumps(advisory).encode()
     require_connection(nc, durable.reconnects)
-    return await nc.jetstream().publish(subject, json.dumps(advisory).encode(), REQUEST_TIMEOUT, headers=headers)
+    stored = await nc.jetstream().publish(subject, payload, REQUEST_TIMEOUT, headers={"Nats-Msg-Id": message_id})
+    if stored.duplicate and not await get_message(nc, stored.stream, stored.seq):  # it has been purged since
+        require_connection(nc, durable.reconnects)
+        headers = {"Nats-Msg-Id": f"{message_id}.{stored.seq}"}
+        stored = await nc.jetstream().publish(subject, payload, REQUEST_TIMEOUT, headers=headers)
+    return stored
 
 
 def _is_number(value: object) -> TypeGuard[int]:

@@ -39,7 +39,8 @@ async def redrive(nc: Client, letter: DeadLetter) -> int:
     same id, so that within the duplicate window it is stored once; after a lost answer it is published again at once.
     """
     message, now = letter.message, asyncio.get_running_loop().time
-    first_id = re.sub(r"\.retry-\d+$", "", find_header(message.header_block, "Nats-Msg-Id") or letter.stream)
+    first_id = re.sub(r"\.retry-\d+$", "", find_header(message.header_block, "Nats-Msg-Id"))
+    first_id = first_id or f"{letter.stream}.{message.sequence}"
     added = {"Nats-Expected-Stream": letter.stream, "Nats-Msg-Id": f"{first_id}.retry-{letter.message.sequence}"}
     headers = without_instructions(message.header_block, added)
     if len(headers) + len(message.data) > nc.max_payload:  # the server would end the connection
