@@ -1,8 +1,7 @@
 """What an operator does with dead letters: redrive or discard some of them, or all.
 
-An operator is one more DLQ processor: what the server delivers to it nobody else gets. An advisory that was delivered
-before, and waits for a retry, is leased: a nak with a delay keeps it from everybody. If a DLQ processor has it in
-flight, a heartbeat follows within the ack wait; then it is skipped. Whoever is killed, its leases end by themselves.
+An operator is one more DLQ processor. An advisory that was delivered before, and waits for a retry, is leased: a nak
+with a delay keeps it from everybody. If a DLQ processor has it in flight, a heartbeat follows within the ack wait.
 """
 
 import asyncio
@@ -41,7 +40,6 @@ ACK_WAIT = 5.0  # seconds, of a durable that no DLQ processor has configured yet
 MAX_ACK_PENDING = 100_000  # as DLQ processors have it
 HEARTBEAT_LATENESS = 0.5  # seconds until a heartbeat has arrived
 WATCH_INTERVAL = 0.2  # seconds
-NO_HINT = Hint(0, "")
 IN_FLIGHT = "a DLQ processor or another operator has it in flight"
 
 
@@ -81,20 +79,19 @@ class Operation:
         for prefix in ("$JS.ACK", "$JS.ACK.*.*"):  # both forms of ack subjects
             await self._nc.subscribe(f"{prefix}.{self._dlq_stream}.{self._durable}.>", cb=self._hear)
         config = ConsumerConfig(name=self._durable, durable_name=self._durable, ack_policy=AckPolicy.EXPLICIT)
-        # What a DLQ processor has configured stays.
-        first = {"ack_wait": ACK_WAIT, "max_ack_pending": MAX_ACK_PENDING}
-        await ensure_durable(self._nc, self._dlq_stream, config.evolve(**first))
+        new = config.evolve(ack_wait=ACK_WAIT, max_ack_pending=MAX_ACK_PENDING)  # one that exists stays as it is
+        await ensure_durable(self._nc, self._dlq_stream, new)
         candidates, read_up_to = await find_candidates(self._nc, self._dlq_stream, self._verifier, sequences)
         await run_for_each([hint for hint in candidates if not hint.advisories], self._name)
         # Read after that: a message that has died meanwhile has an advisory of the server's own, too.
         newer = await read_hints(self._nc, self._dlq_stream, self._verifier.stream, after=read_up_to)
         for hint in candidates:
-            if advisories := hint.advisories + newer.get(hint.sequence, NO_HINT).advisories:
+            if advisories := hint.advisories + newer.get(hint.sequence, Hint(0, "")).advisories:
                 self._wanted |= dict.fromkeys(advisories, hint._replace(advisories=advisories))
             elif hint.sequence in self._named:
                 await self._miss(hint.sequence)
-        time_limit = TimeLimit(REQUEST_TIMEOUT)  # which nothing is run with
-        self._worker = Worker(self._nc, self._dlq_stream, config, self._handle, CONCURRENCY, time_limit)
+        unused = TimeLimit(REQUEST_TIMEOUT)
+        self._worker = Worker(self._nc, self._dlq_stream, config, self._handle, CONCURRENCY, unused)
         reconnects = int(self._nc.stats["reconnects"])
         working = asyncio.create_task(self._worker.run(self._shutdown))
         try:
@@ -129,10 +126,10 @@ class Operation:
             return
         # Without anything to be delivered, the rest is gone, or is not for this durable.
         last = durable.delivered if durable.waiting else sys.maxsize
-        delivered = [advisory for advisory in self._wanted if advisory <= last]
-        if others := [advisory for advisory in delivered if not self._worker.has(advisory)]:
+        others = [advisory for advisory in self._wanted if advisory <= last and not self._worker.has(advisory)]
+        if others:
             await self._lease(durable, others)
-        elif len(delivered) < len(self._wanted) and not self._worker.in_flight:
+        elif not self._worker.in_flight:
             self._check_deliveries(durable)
 
     def _check_deliveries(self, durable: Durable) -> None:
@@ -170,10 +167,10 @@ class Operation:
             return
         for other in hint.advisories:
             self._wanted.pop(other, None)
-        if found:
-            self._skip(hint.sequence, IN_FLIGHT)
-        else:
+        if not found:
             await self._miss(hint.sequence)
+            return
+        self._skip(hint.sequence, IN_FLIGHT)
 
     async def _miss(self, sequence: int) -> None:
         """Name a dead letter whose advisory is gone, unless somebody else has handled it."""
@@ -186,13 +183,11 @@ class Operation:
 
     async def _handle(self, advisory: Msg) -> bytes:
         sequence, reconnects = advisory.metadata.sequence.stream, int(self._nc.stats["reconnects"])
-        if not (hint := self._wanted.get(sequence)):
-            self._unwanted[sequence] = advisory.reply
+        if not (hint := self._wanted.get(sequence)) or self._shutdown.is_set():
+            self._unwanted[sequence] = advisory.reply  # which `run` releases
             return delayed_nak(LEASE)
         if sequence in self._heard:  # then `_watch` leases it
             return delayed_nak(LEASE)
-        if self._shutdown.is_set():
-            return delayed_nak(RELEASE_DELAY)
         del self._wanted[sequence]
         if any(other in self._wanted for other in hint.advisories):  # a DLQ processor may still have that one
             return delayed_nak(LEASE)
@@ -202,6 +197,8 @@ class Operation:
                 await self._finish(letter, advisory)
             else:
                 self._skip_alive(hint.sequence, why)
+                if why != GONE:  # whether it is dead may not be certain yet
+                    return delayed_nak(RETRY_DELAY)
         except Exception as error:  # such as a full disk to print to
             self._skip(hint.sequence, describe_error(error))
             return delayed_nak(RETRY_DELAY)
