@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
+AT_A_TIME = 64
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -18,8 +20,8 @@ async def run_all(coroutines: Iterable[Coroutine[Any, Any, R]]) -> list[R]:
     return [task.result() for task in tasks]
 
 
-async def run_for_each(items: Iterable[T], call: Callable[[T], Awaitable[None]], at_a_time: int = 64) -> None:
-    """Call a function with each item, so many at a time; at the first error cancel the others, and raise it.
+async def run_for_each(items: Iterable[T], call: Callable[[T], Awaitable[None]]) -> None:
+    """Call a function with each item, AT_A_TIME of them; at the first error cancel the others, and raise it.
 
     A task for each of 100,000 items would block the event loop until the requests of the first ones time out.
     """
@@ -29,4 +31,4 @@ async def run_for_each(items: Iterable[T], call: Callable[[T], Awaitable[None]],
         for item in iterator:
             await call(item)
 
-    await run_all(work() for _ in range(at_a_time))
+    await run_all(work() for _ in range(AT_A_TIME))
