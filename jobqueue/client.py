@@ -11,11 +11,12 @@ from nats.aio.msg import Msg
 from nats.aio.transport import TcpTransport
 from nats.errors import Error, SecureConnWantedError
 from nats.protocol.command import hpub_cmd
-from nats.protocol.parser import PERMISSIONS_ERR
+from nats.protocol.parser import AWAITING_MSG_PAYLOAD, PERMISSIONS_ERR
 
 from jobqueue.environment import Credentials
 from jobqueue.errors import Failure
 
+LARGE_MESSAGE = 32 * 1024  # bytes
 SERVER_ERROR = re.compile(rb"-ERR ('[^'\r\n]*')")
 
 
@@ -103,6 +104,11 @@ class Client(NatsClient):
         """Drop what is unsent on a dead connection; nats-py waits until TCP times out, or sends it much later."""
         self.abort()
         await super()._attempt_reconnect()
+
+    @property
+    def is_receiving(self) -> bool:
+        """Whether a large message is arriving: what is behind it is not late."""
+        return self._ps.state == AWAITING_MSG_PAYLOAD and self._ps.needed > LARGE_MESSAGE
 
     def abort(self) -> None:
         """Drop the TCP connection and what is unsent."""

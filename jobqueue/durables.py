@@ -98,6 +98,11 @@ def subject_filters(config: dict[str, Any]) -> list[str]:
     return config.get("filter_subjects") or [config.get("filter_subject") or ">"]
 
 
+def has_replicas(info: dict[str, Any]) -> bool:
+    """Return whether other servers have a durable too: they agree on each ack, and one may become its leader."""
+    return bool((info.get("cluster") or {}).get("replicas"))
+
+
 class Durable:
     """What the server says of a durable.
 
@@ -128,7 +133,7 @@ class Durable:
         self.pending: int = info["num_ack_pending"]
         self.pull_requests: int = info["num_waiting"]
         self.is_paused = bool(info.get("paused"))
-        self.has_replicas = len((info.get("cluster") or {}).get("replicas") or ()) > 0
+        self.has_replicas = has_replicas(info)
         self.asked_at = asked_at
         self.reconnects = reconnects
 

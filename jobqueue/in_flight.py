@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, KeysView
+from collections.abc import Callable, Iterable, KeysView
+from contextlib import suppress
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.errors import Error
 
 from jobqueue.streams import parse_ack_subject
 
@@ -19,26 +21,30 @@ LEAVE = b""  # no ack at all: redelivered after the back-off
 CONFIRM_TIMEOUT = 1.0  # seconds until an unconfirmed ack is sent again
 MAX_CONFIRM_TIME = 30.0  # seconds until an unconfirmed ack is no longer sent again
 CHECK_VALID_FOR = 0.5  # seconds for which a delivery, or a check of the stream, proves that it wasn't replaced
+# Seconds after a delivery; empty messages are done by then.
+FIRST_HEARTBEAT_DELAY = 0.001
 
 
 class Entry:
     """A message in flight."""
 
     __slots__ = (
-        *("ack", "ack_subject", "delivered_at", "epoch", "finished_at"),
-        *("message", "redelivery", "sent_at", "sequence", "stored_at", "tries"),
+        *("ack", "ack_subject", "delivered_at", "epoch", "finished_at", "is_begun"),
+        *("message", "redelivery", "sent_at", "sequence", "size", "stored_at", "tries"),
     )
 
     def __init__(self, message: Msg, sequence: int, stored_at: int, epoch: int, now: float) -> None:
         self.message = message
+        self.size = len(message.data)  # bytes
         self.sequence = sequence
         self.stored_at = stored_at  # nanoseconds; with the sequence it tells one message from another
         self.ack_subject = message.reply  # of the last delivery
         self.epoch = epoch  # of the last delivery or verification
         self.delivered_at = now
+        self.is_begun = False
         self.redelivery: Msg | None = None  # to be processed if the present attempt fails
         self.ack = LEAVE
-        self.finished_at = 0.0
+        self.finished_at = 0.0  # or when it was verified after that
         self.sent_at = 0.0  # when the ack was sent, 0.0 if it has to be
         self.tries = 0  # of sending it
 
@@ -58,6 +64,8 @@ class Registry:
     ) -> None:
         self.checked_at = 0.0  # when the stream was last seen to be the same one
         self.heard_at = 0.0  # when the durable's leader last delivered a message or confirmed an ack
+        self.has_replicas = False  # whether the durable may get another leader
+        self.bytes = 0  # of all payloads
         self._nc = nc
         self._stream = stream
         self._on_unsent_ack = on_unsent_ack
@@ -65,6 +73,9 @@ class Registry:
         self._entries: dict[int, Entry] = {}
         self._inbox = nc.new_inbox()
         self._doubts = 0
+        self._last_consumer_seq = 0
+        self._without_heartbeat: list[Entry] = []
+        self._first_heartbeat: asyncio.Task[None] | None = None
         self._now = asyncio.get_running_loop().time
 
     async def start(self) -> None:
@@ -90,10 +101,21 @@ class Registry:
     def begin_epoch(self) -> None:
         """Require that every message in flight is verified."""
         self._doubts += 1
+        self._last_consumer_seq = 0
 
     def unverified(self) -> list[Entry]:
         """Return the entries of earlier epochs."""
         return [entry for entry in self._entries.values() if entry.epoch != self.epoch]
+
+    def verify_up_to(self, proof: Entry, epoch: int) -> None:
+        """Take all messages up to one that was found to be the same for verified, as of an epoch."""
+        for entry in self.unverified():
+            if entry.sequence <= proof.sequence:
+                entry.epoch, entry.sent_at, entry.finished_at = max(epoch, entry.epoch), 0.0, self._now()
+
+    def not_begun(self) -> list[Entry]:
+        """Return the entries of messages that wait to be processed."""
+        return [entry for entry in self._entries.values() if not (entry.is_begun or entry.ack)]
 
     def has_unfinished(self) -> bool:
         """Return whether a message is still queued or being processed."""
@@ -101,19 +123,29 @@ class Registry:
 
     async def add(self, message: Msg) -> Entry | None:
         """Register a delivery, and return its entry unless the message is in flight already."""
-        sequence, stored_at = parse_ack_subject(message.reply)
+        sequence, stored_at, consumer_seq = parse_ack_subject(message.reply)
         now, known = self._now(), self._entries.get(sequence)
         self.heard_at = now
+        if consumer_seq > self._last_consumer_seq:
+            # Another durable of that name would count from 1. It had no time to get so far since the last check.
+            if now - self.checked_at < CHECK_VALID_FOR:
+                self.checked_at = now
+            self._last_consumer_seq = consumer_seq
         if known and known.stored_at == stored_at:
             known.ack_subject, known.epoch, known.delivered_at = message.reply, self.epoch, now
             if not known.ack:
                 known.redelivery = message
+                if self.has_replicas:
+                    self._send_heartbeat_soon(known)
             elif self._may_send(known):
                 await self._send_ack(known, now)
             return None
         if known:
             self.drop(known, "is another message now")
         entry = self._entries[sequence] = Entry(message, sequence, stored_at, self.epoch, now)
+        self.bytes += entry.size
+        if self.has_replicas:
+            self._send_heartbeat_soon(entry)
         return entry
 
     async def finish(self, entry: Entry, ack: bytes) -> bool:
@@ -122,7 +154,7 @@ class Registry:
             return False
         if ack == LEAVE:
             if entry.redelivery:
-                entry.message, entry.redelivery = entry.redelivery, None
+                entry.message, entry.redelivery, entry.is_begun = entry.redelivery, None, False
                 return True
             self.remove(entry)
             return False
@@ -136,7 +168,8 @@ class Registry:
 
     def remove(self, entry: Entry) -> None:
         """Send nothing more for a message."""
-        self._entries.pop(entry.sequence, None)
+        if self._entries.pop(entry.sequence, None):
+            self.bytes -= entry.size
 
     def drop(self, entry: Entry, why: str) -> None:
         """Send nothing more for a message, and log why it isn't acked."""
@@ -157,11 +190,28 @@ class Registry:
             elif entry.ack and entry.sent_at < now - CONFIRM_TIMEOUT and self._may_send(entry):
                 await self._send_ack(entry, now)
 
-    async def send_heartbeats(self) -> None:
-        """Let the ack wait of each message begin again, unless the user's own work has acked or nak'd it."""
-        for entry in list(self._entries.values()):
-            if self._may_send(entry) and not entry.message.is_acked:
+    async def send_heartbeats(self, entries: Iterable[Entry] | None = None) -> None:
+        """Let the ack wait of some messages, or all, begin again, unless the user's own work has acked or nak'd it."""
+        for entry in list(self._entries.values() if entries is None else entries):
+            if entry in self and self._may_send(entry) and not entry.message.is_acked:
                 await self._nc.publish(entry.ack_subject, Msg.Ack.Progress)
+
+    def _send_heartbeat_soon(self, entry: Entry) -> None:
+        """Send a heartbeat unless the message is acked at once.
+
+        A new leader takes the time when a message was stored for the time of its last delivery, until a heartbeat has
+        told it otherwise (nats-server 2.10.25 to 2.15.1), and redelivers at once what waited longer than the ack wait.
+        """
+        self._without_heartbeat.append(entry)
+        if not self._first_heartbeat or self._first_heartbeat.done():
+            self._first_heartbeat = asyncio.create_task(self._send_first_heartbeats())
+
+    async def _send_first_heartbeats(self) -> None:
+        while entries := self._without_heartbeat:
+            await asyncio.sleep(FIRST_HEARTBEAT_DELAY)
+            self._without_heartbeat = []
+            with suppress(Error):
+                await self.send_heartbeats([entry for entry in entries if not entry.ack])
 
     def _may_send(self, entry: Entry) -> bool:
         # What is published without a connection nats-py sends after the reconnect.

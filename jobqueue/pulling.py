@@ -4,16 +4,25 @@ import asyncio
 import json
 import sys
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 
+from jobqueue.client import Client
 from jobqueue.errors import printable
+from jobqueue.link import LinkWindow
 
 PULL_EXPIRES = 2.0  # seconds; a graceful shutdown waits for it, since a dropped delivery costs the message an attempt
 MAX_PULL_LATENESS = 2.0  # seconds after that until its answer counts as lost
-MAX_QUEUE_TIME = 0.4  # seconds of work that may wait in this process
+MIN_QUEUE_TIME = 0.01  # seconds of work; less saves nobody's time, and costs a request for every other message
+MAX_QUEUE_TIME = 0.4  # seconds of work that may wait in this process, and of messages that may be on their way
+MAX_REQUESTS = 2  # at a time
+MAX_BYTES = 16 * 2**20  # of messages that are requested or in hand
+MAX_REQUESTED_BYTES = 8 * 2**20
+UNLIMITED_BYTES = 2 * 2**20  # for which a request needs no limit, whatever the size of the messages
+OVERHEAD = 256  # bytes of a delivery for its subjects
+TOO_LARGE = "409 Message Size Exceeds MaxBytes"  # the next message, for what is left of a request's bytes
 
 OnDelivery = Callable[[Msg], Awaitable[None]]
 OnEnd = Callable[[str], Awaitable[None]]
@@ -23,7 +32,7 @@ class Prefetch:
     """How many messages to have beyond those that are being processed, so that processing never waits for the server.
 
     By Little's law, throughput times round trip would just do. It is twice that, since more is requested when half of
-    it is gone.
+    it is gone, and no less than a few messages' time, since each request costs CPU.
     """
 
     def __init__(self) -> None:
@@ -45,83 +54,147 @@ class Prefetch:
         """Recompute the size from what was counted since the last time."""
         self._throughput += (self._completed / (now - self._updated_at) - self._throughput) / 2
         self._completed, self._updated_at = 0, now
-        self.size = max(1, int(self._throughput * min(2 * self._round_trip, MAX_QUEUE_TIME)))
+        queue_time = min(max(2 * self._round_trip, MIN_QUEUE_TIME), MAX_QUEUE_TIME)
+        self.size = max(1, int(self._throughput * queue_time))
+
+
+class _Request:
+    """A pull request that the server has. Its inbox is its own, so that each delivery tells which one it is for."""
+
+    def __init__(self, inbox: str) -> None:
+        self.inbox = inbox
+        self.number = 0  # the last token of its inbox: a status of an earlier request is told by that
+        self.messages = 0  # that may still come
+        self.bytes = 0
+        self.batch = 0  # messages that were asked for
+        self.sent_at = self.heard_at = self.expires_at = 0.0
 
 
 class PullRequests:
-    """The pull requests that the server has, and how many messages may still come for them (`requested`).
+    """The pull requests that the server has, and how many messages may still come for them (`messages`).
 
-    A delivery doesn't say which request it is for, but counting all of them together will do: each delivery is one
-    less, and the status that ends a request says how many it still lacked.
+    A request is bounded by bytes, too: by what this process may have in hand, and by what the link carries in a moment.
+    The server ends a connection for which more than 64 MiB wait, and whatever is on its way for longer than the ack
+    wait loses an attempt. There are several requests at a time, so that the link doesn't stand still between them.
 
     `on_delivery` is called with each message, `on_end` when the server ends a request: with a description of the
-    failure, or "" when it has expired.
+    failure, or "" when it has ended as planned.
     """
 
     def __init__(self, nc: Client, stream: str, durable: str, on_delivery: OnDelivery, on_end: OnEnd) -> None:
-        self.requested = 0
+        self.messages = 0
         self._nc = nc
         self._subject = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{durable}"
         self._on_delivery = on_delivery
         self._on_end = on_end
-        self._inbox = nc.new_inbox()
-        self._generation = 0  # the last token of the inbox, so that statuses of forgotten requests can be told apart
+        self._requests = [_Request(nc.new_inbox()) for _ in range(MAX_REQUESTS)]
+        self.window = LinkWindow(MAX_QUEUE_TIME, MAX_REQUESTED_BYTES)
+        self._size = 1  # bytes of the last message
+        self._is_too_large = False  # the next one, for the limit of a request
         self._now = asyncio.get_running_loop().time
-        self._sent_at = self._heard_at = self._expires_at = self._forgotten_until = 0.0
+        self._forgotten_until = 0.0
         self.set_limits({})
 
     async def start(self) -> None:
         """Subscribe to deliveries and statuses."""
-        await self._nc.subscribe(f"{self._inbox}.*", cb=self._receive, pending_bytes_limit=0)
+        for request in self._requests:
+            receive = partial(self._receive, request)
+            await self._nc.subscribe(f"{request.inbox}.*", cb=receive, pending_bytes_limit=0)
 
-    async def send(self, batch: int) -> None:
-        """Ask for messages."""
-        batch = min(batch, self._max_batch)
-        self.requested += batch
-        self._sent_at = self._now()
-        self._expires_at = self._sent_at + PULL_EXPIRES
-        request = {"batch": batch, "expires": self._expires}
-        await self._nc.publish(self._subject, json.dumps(request).encode(), f"{self._inbox}.{self._generation}")
+    async def send(self, batch: int, in_hand: int) -> None:
+        """Ask for messages, unless there is no room for their bytes yet.
+
+        Args:
+            batch: how many messages.
+            in_hand: bytes of the messages that have come and are not done.
+        """
+        for request in self._requests:
+            if not request.messages:
+                break
+        else:
+            return
+        requested, largest = sum([one.bytes for one in self._requests]), self._nc.max_payload
+        spare = MAX_BYTES - in_hand - requested
+        limit = min(max(self.window.size, UNLIMITED_BYTES), max(spare // 2, min(spare, self._size)), self._max_bytes)
+        wanted: dict[str, int] = {"expires": self._expires}
+        if self._is_too_large or limit < self._size:
+            if requested or in_hand >= MAX_BYTES:
+                return
+            batch, request.bytes = 1, largest  # one message of any size comes through
+        else:
+            batch = min(batch, self._max_batch, max(1, self.window.size // 2 // self._size))
+            request.bytes = min(batch * largest, limit)
+            if batch * largest > limit:  # at the end of such a request the server sends one more status
+                wanted["max_bytes"] = limit
+        request.batch = request.messages = batch
+        request.number += 1
+        request.sent_at = self._now()
+        request.expires_at = request.sent_at + PULL_EXPIRES
+        self.messages += batch
+        payload = json.dumps({"batch": batch, **wanted}).encode()
+        await self._nc.publish(self._subject, payload, f"{request.inbox}.{request.number}")
 
     def set_limits(self, config: dict[str, Any]) -> None:
         """Keep to what an operator has set for pull requests in the durable's configuration."""
         self._max_batch = config.get("max_batch") or sys.maxsize
+        self._max_bytes = config.get("max_bytes") or sys.maxsize
         self._expires = min(int(PULL_EXPIRES * 1e9), config.get("max_expires") or sys.maxsize)  # nanoseconds
 
     def end_expired(self) -> bool:
-        """Forget the requests that must have ended by now; return whether the last one was not answered at all."""
-        if not self.requested or self._now() < self._expires_at + MAX_PULL_LATENESS:
-            return False
-        self.requested = 0
-        return self._heard_at < self._sent_at
+        """Forget the requests that must have ended by now; return whether one of them was not answered at all."""
+        late = self._now() - MAX_PULL_LATENESS
+        expired = [request for request in self._requests if request.messages and request.expires_at < late]
+        for request in expired:
+            self._lower(request, request.messages)
+        return any(request.heard_at < request.sent_at for request in expired)
 
     def forget_all(self) -> None:
         """Forget all open requests. Late deliveries are still processed."""
-        self._generation += 1
-        if self.requested:
-            self._forgotten_until = self._expires_at
-        self.requested = 0
+        for request in self._requests:
+            if request.messages:
+                self._forgotten_until = max(self._forgotten_until, request.expires_at)
+            request.number += 1
+            self._lower(request, request.messages)
 
     def may_deliver(self) -> bool:
         """Return whether messages may still come, for forgotten requests too."""
-        return self.requested > 0 or self._now() < self._forgotten_until
+        return self.messages > 0 or self._now() < self._forgotten_until
 
-    async def _receive(self, message: Msg) -> None:
+    def _lower(self, request: _Request, messages: int) -> None:
+        request.messages -= messages
+        self.messages -= messages
+        if not request.messages:
+            request.bytes = 0
+
+    async def _receive(self, request: _Request, message: Msg) -> None:
         if message.reply:
-            self._heard_at = self._now()
-            self.requested = max(0, self.requested - 1)
+            request.heard_at = self._now()
+            self._size = size = OVERHEAD + len(message.data)
+            self.window.carried += size
+            self._is_too_large = False
+            if request.messages:  # else it was forgotten
+                request.messages -= 1
+                request.bytes = request.bytes - size if request.messages else 0
+                self.messages -= 1
             await self._on_delivery(message)
-        elif message.subject.endswith(f".{self._generation}"):
-            self._heard_at = self._now()
+        elif message.subject.endswith(f".{request.number}"):
+            request.heard_at = self._now()
             headers = message.headers or {}
-            self.requested = max(0, self.requested - int(headers.get("Nats-Pending-Messages", 0)))
-            await self._on_end(describe_status(headers))
+            missing = int(headers.get("Nats-Pending-Messages", request.messages))
+            status = describe_status(headers)
+            if status == TOO_LARGE:
+                self._is_too_large |= missing == request.batch
+                status = ""
+            self._lower(request, min(missing, request.messages))  # on replicas the rest may come after the status
+            await self._on_end(status)
 
 
 def describe_status(headers: dict[str, str]) -> str:
     """Return what the status that ends a pull request says, or "" if it ends as planned."""
     status, description = headers.get("Status", ""), headers.get("Description", "")
     if status in ("404", "408"):  # no messages now; none before the request expired
+        return ""
+    if (status, description) == ("409", "Batch Completed"):  # with bytes left
         return ""
     if status == "503":  # nats-py takes a header that nats-server 2.15 adds for its description
         return "503 no responders"

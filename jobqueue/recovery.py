@@ -3,19 +3,21 @@
 import asyncio
 import logging
 from contextlib import suppress
+from itertools import compress
 from typing import Any
 
-from nats.aio.client import Client
 from nats.errors import Error
 from nats.js.api import ConsumerConfig
 
-from jobqueue.durables import ensure_durable
+from jobqueue.client import Client
+from jobqueue.durables import ensure_durable, has_replicas
 from jobqueue.errors import describe_error
 from jobqueue.in_flight import CHECK_VALID_FOR, Entry, Registry
 from jobqueue.pulling import PullRequests
 from jobqueue.retrying import MIN_RETRY_DELAY
 from jobqueue.stored import find_stored_at
 from jobqueue.streams import api_request
+from jobqueue.tasks import run_all, run_for_each
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ class Recovery:
         self._needed = asyncio.Event()
         self._is_stable = True
         self._grace_ends = 0.0
+        self._is_in_doubt = False  # whether somebody else may have got what waits to be processed
         self._reconnects = nc.stats["reconnects"]
         self._leader: str | None = None  # the durable's; None on a single server
         self._created: str | None = None  # when the stream was
@@ -62,7 +65,7 @@ class Recovery:
         if reason and reason != self._reported_reason:
             self._reported_reason = reason
             log.warning("%s: %s; trying again", self._stream, reason)
-        self._is_stable = False
+        self._is_stable, self._is_in_doubt = False, True
         self._grace_ends = self._now() + FAILOVER_GRACE
         self._registry.begin_epoch()
         self._pulls.forget_all()
@@ -96,6 +99,8 @@ class Recovery:
             try:
                 await self._check_once(grace_over)
             except (Error, TimeoutError) as error:
+                if isinstance(error, TimeoutError) and self._nc.is_receiving:
+                    continue  # the answer is behind a large message
                 self.recover(describe_error(error))
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, MAX_RECOVERY_DELAY)
@@ -114,18 +119,20 @@ class Recovery:
         self.note_reconnect()
         # What is in flight comes first: it needs heartbeats even while there is no leader.
         if unverified := self._registry.unverified():
-            for first in range(0, len(unverified), VERIFIED_AT_A_TIME):
-                batch = unverified[first : first + VERIFIED_AT_A_TIME]
-                await asyncio.gather(*(self._verify(entry, grace_over) for entry in batch))
+            await self._verify_highest(unverified, grace_over)
             await self._registry.send_heartbeats()
         checked_at = self._now()
         durable, stream = await asyncio.gather(
             ensure_durable(self._nc, self._stream, self._config), api_request(self._nc, f"STREAM.INFO.{self._stream}")
         )
         self._pulls.set_limits(durable["config"])
+        self._registry.has_replicas = has_replicas(durable)
         self._note_changes(durable, stream)
         self._registry.checked_at = checked_at
         await self._registry.resend_acks()
+        if self._is_in_doubt and grace_over:
+            await run_for_each(self._registry.not_begun(), self._drop_if_gone)
+            self._is_in_doubt = False
 
     def _note_changes(self, durable: dict[str, Any], stream: dict[str, Any]) -> None:
         """Recover if the durable has another leader, or the stream may be another one.
@@ -138,17 +145,39 @@ class Recovery:
             self.recover()
         self._leader, self._created = leader, created
 
-    async def _verify(self, entry: Entry, grace_over: bool) -> None:
+    async def _verify_highest(self, unverified: list[Entry], grace_over: bool) -> None:
+        """Verify all messages up to the highest one that is the same.
+
+        A stream's history only loses its end (a roll-back, a snapshot) or all of it (another stream, another server).
+        So a message that is the same proves all below it. Messages above it that are gone, or are other ones, are
+        dropped.
+        """
+        unverified.sort(key=lambda entry: entry.sequence)
+        at_a_time = 1  # mostly the highest one will do, and messages may be large
+        while unverified:
+            highest = unverified[-at_a_time:]
+            del unverified[-at_a_time:]
+            epoch = self._registry.epoch
+            same = await run_all(self._is_same(entry, grace_over) for entry in highest)
+            if any(same):
+                self._registry.verify_up_to(max(compress(highest, same), key=lambda entry: entry.sequence), epoch)
+                return
+            at_a_time = min(2 * at_a_time, VERIFIED_AT_A_TIME)
+
+    async def _drop_if_gone(self, entry: Entry) -> None:
+        """Don't begin to process what somebody else has done while this process was cut off."""
+        if not entry.is_begun:
+            await self._is_same(entry, grace_over=True)
+
+    async def _is_same(self, entry: Entry, grace_over: bool) -> bool:
         """Read a message in flight back, and drop it if its sequence has another message now, or none."""
-        epoch = self._registry.epoch
-        found = await find_stored_at(self._nc, self._stream, entry.sequence)
-        if entry not in self._registry:
-            return
-        if found == entry.stored_at:
-            entry.epoch, entry.sent_at = max(epoch, entry.epoch), 0.0
-        elif found:
+        found = await find_stored_at(self._nc, self._stream, entry.sequence, entry.size)
+        if found == entry.stored_at or entry not in self._registry:
+            return found == entry.stored_at
+        if found:
             self._registry.drop(entry, "is another message now")
         elif grace_over and entry.ack:
             self._registry.remove(entry)  # the server has its ack
         elif grace_over:  # before that, a replica may not have the message yet
             self._registry.drop(entry, "is gone")
+        return False

@@ -8,14 +8,17 @@ from nats.aio.client import Client
 from nats.errors import NoRespondersError
 from nats.js.errors import NotFoundError
 
+from jobqueue.link import transfer_time
 from jobqueue.streams import API_TIMEOUT, api_request
 
 NO_MESSAGE_FOUND = 10037  # JetStream's error code
 TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)")
 
 
-async def find_stored_at(nc: Client, stream: str, sequence: int) -> int | None:
+async def find_stored_at(nc: Client, stream: str, sequence: int, size: int) -> int | None:
     """Return when the message with a stream sequence was stored, in nanoseconds; None if there is none.
+
+    The answer is the whole message; `size` is how large it is expected to be, in bytes.
 
     Any replica answers a direct get, without a leader. The leader is asked where nobody does, since the stream has no
     `allow_direct` (nats-server 2.10 then says nothing), or where the message itself has a header `Status: 503`, which
@@ -24,12 +27,12 @@ async def find_stored_at(nc: Client, stream: str, sequence: int) -> int | None:
     Raises:
         nats.errors.Error: the request timed out.
     """
-    request = json.dumps({"seq": sequence}).encode()
+    request, timeout = json.dumps({"seq": sequence}).encode(), API_TIMEOUT + transfer_time(size)
     try:
-        answer = await nc.request(f"$JS.API.DIRECT.GET.{stream}", request, API_TIMEOUT)
+        answer = await nc.request(f"$JS.API.DIRECT.GET.{stream}", request, timeout)
     except (NoRespondersError, TimeoutError):
         try:
-            found = await api_request(nc, f"STREAM.MSG.GET.{stream}", {"seq": sequence})
+            found = await api_request(nc, f"STREAM.MSG.GET.{stream}", {"seq": sequence}, timeout)
             return parse_time(found["message"]["time"])
         except NotFoundError as error:
             if error.err_code == NO_MESSAGE_FOUND:

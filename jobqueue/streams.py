@@ -104,14 +104,14 @@ def ack_subject(stream: str, durable: str, deliveries: int, sequence: int, consu
     return f"$JS.ACK.{stream}.{durable}.{deliveries}.{sequence}.{consumer_seq}.{time}.0"
 
 
-def parse_ack_subject(subject: str) -> tuple[int, int]:
-    """Return a delivery's stream sequence, and when its message was stored, in nanoseconds.
+def parse_ack_subject(subject: str) -> tuple[int, int, int]:
+    """Return a delivery's stream sequence, when its message was stored, in nanoseconds, and its consumer sequence.
 
     Source: https://github.com/nats-io/nats-architecture-and-design/blob/main/adr/ADR-15.md (both versions).
     """
     tokens = subject.split(".")
     at = 5 if len(tokens) == VERSION_1_TOKENS else 7
-    return int(tokens[at]), int(tokens[at + 2])
+    return int(tokens[at]), int(tokens[at + 2]), int(tokens[at + 1])
 
 
 async def probe_ack(nc: Client, subject: str) -> None:

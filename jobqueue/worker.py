@@ -12,7 +12,7 @@ from nats.errors import Error
 from nats.js.api import ConsumerConfig
 
 from jobqueue.client import Client
-from jobqueue.durables import ensure_durable, shortest_ack_wait
+from jobqueue.durables import ensure_durable, has_replicas, shortest_ack_wait
 from jobqueue.errors import Failure, describe_error
 from jobqueue.in_flight import LEAVE, Entry, Registry
 from jobqueue.pulling import Prefetch, PullRequests
@@ -55,7 +55,7 @@ class Worker:
         self._shutdown = asyncio.Event()
         self._queue: asyncio.Queue[Entry] = asyncio.Queue()
         self._tasks: dict[asyncio.Task[None], Entry | None] = {}  # what each is processing
-        self._busy = 0  # tasks
+        self._unprocessed = 0  # messages that have come
         self._probed_forms: set[int] = set()  # of ack subjects
         self._tally: Counter[bytes] = Counter()
         self._prefetch = Prefetch()
@@ -65,7 +65,7 @@ class Worker:
 
     @property
     def in_flight(self) -> int:
-        """How many messages are in flight."""
+        """How many messages are in flight; after `run`: how many acks the server has not confirmed."""
         return len(self._registry)
 
     async def run(self, shutdown: asyncio.Event) -> Counter[bytes]:
@@ -109,9 +109,10 @@ class Worker:
             return await ensure_durable(self._nc, self._stream, self._config, update=True)
 
         try:
-            info = await retry_at_start(set_up, durable, self._shutdown.is_set)
+            info = await retry_at_start(set_up, durable, lambda _: self._shutdown.is_set())
         except (Error, TimeoutError) as error:
             raise Failure(f"cannot create {durable}: {describe_error(error)}") from None
+        self._registry.has_replicas = has_replicas(info)
         return shortest_ack_wait(info["config"])
 
     async def _finish(self) -> None:
@@ -124,20 +125,16 @@ class Worker:
         if self._registry:
             log.warning("%d messages may be redelivered: their acks are not confirmed", len(self._registry))
 
-    @property
-    def _unprocessed(self) -> int:
-        return self._queue.qsize() + self._busy
-
     async def _pull(self) -> None:
         """Send a pull request for the rest once half of what may be requested has come."""
         if self._shutdown.is_set() or not self._recovery.may_pull():
             return
         room = self._concurrency + self._prefetch.size - self._unprocessed
         if not self._probed_forms:
-            room = min(room, 1)  # this user may not be permitted to ack it
-        missing = room - self._pulls.requested
+            room = 1 - self._unprocessed  # this user may not be permitted to ack it
+        missing = room - self._pulls.messages
         if missing >= max(1, room // 2):
-            await self._pulls.send(missing)
+            await self._pulls.send(missing, self._registry.bytes)
 
     def has(self, sequence: int) -> bool:
         """Return whether a message is in flight here."""
@@ -147,6 +144,8 @@ class Worker:
         """Queue a delivery."""
         self._recovery.note_served()
         entry = await self._registry.add(message)
+        if entry:
+            self._unprocessed += 1
         form = message.reply.count(".")
         is_probed = form in self._probed_forms
         if not is_probed:
@@ -179,14 +178,14 @@ class Worker:
         while True:
             entry = await self._queue.get()
             if entry not in self._registry:
+                self._unprocessed -= 1
                 continue
             self._tasks[task] = entry
-            self._busy += 1
+            entry.is_begun = True
             ack = await self._process(entry)
             if task not in self._tasks:
                 return
             self._tasks[task] = None
-            self._busy -= 1
             await self._complete(entry, ack)
 
     async def _process(self, entry: Entry) -> bytes:
@@ -201,6 +200,8 @@ class Worker:
         self._prefetch.count_completed()
         if await self._registry.finish(entry, ack):
             self._queue.put_nowait(entry)
+        else:
+            self._unprocessed -= 1
         await self._pull()
 
     async def _housekeeping(self, heartbeat_interval: float) -> None:
@@ -212,12 +213,14 @@ class Worker:
             now = asyncio.get_running_loop().time()
             self._recovery.note_reconnect()
             self._prefetch.update(now)
+            self._pulls.window.update(now)
             for task in (*self._time_limit.enforce(), *(task for task in self._tasks if task.done())):
                 await self._replace(task)
-            if self._registry.has_late_acks():
-                self._recovery.check()
-            if self._nc.is_connected and now - before < MAX_STALL and self._pulls.end_expired():
-                self._recovery.recover("a pull request timed out")
+            if not self._nc.is_receiving:
+                if self._registry.has_late_acks():
+                    self._recovery.check()
+                if self._nc.is_connected and now - before < MAX_STALL and self._pulls.end_expired():
+                    self._recovery.recover("a pull request timed out")
             if now >= next_heartbeat:
                 next_heartbeat = now + heartbeat_interval
                 await self._registry.send_heartbeats()
@@ -228,6 +231,5 @@ class Worker:
         entry = self._tasks.pop(task)
         self._start_processing()
         if entry:
-            self._busy -= 1
             log.error("stream sequence # %d in %s: its processing cannot be stopped", entry.sequence, self._stream)
             await self._complete(entry, LEAVE)

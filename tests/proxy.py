@@ -1,8 +1,13 @@
 """A TCP proxy between a process and its server, which can be cut and can drop what it should pass on."""
 
 import asyncio
+import math
+import re
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+
+# The other servers of a cluster, of which a server tells its clients, which would go round the proxy.
+ADVERTISED = re.compile(rb'(?<="connect_urls":\[)[^]]*')
 
 
 class Proxy:
@@ -17,6 +22,7 @@ class Proxy:
         self.drops: Callable[[bytes], bool] = lambda _: False
         self.is_cut = False
         self.delay = 0.0  # seconds, each way
+        self.rate = math.inf  # bytes a second, each way
         self._target = target
         self._writers: set[asyncio.StreamWriter] = set()
 
@@ -58,7 +64,11 @@ class Proxy:
         if self.is_cut:
             writer.transport.abort()
             return
-        server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        try:
+            server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        except OSError:  # the server is down
+            writer.transport.abort()
+            return
         both = {writer, server_writer}
         self._writers |= both
         try:
@@ -78,7 +88,7 @@ class Proxy:
         async def pass_on() -> None:
             with suppress(OSError):
                 while (item := await late.get())[1]:
-                    await asyncio.sleep(item[0] - loop.time())
+                    await asyncio.sleep(max(item[0] - loop.time(), 0) + len(item[1]) / self.rate)
                     writer.write(item[1])
                     await writer.drain()
             writer.transport.abort()
@@ -88,9 +98,13 @@ class Proxy:
             while piece := await reader.read(2**16):
                 if self.drops(piece):
                     break
-                late.put_nowait((loop.time() + self.delay, piece))
+                late.put_nowait((loop.time() + self.delay, ADVERTISED.sub(_blanked, piece)))
         late.put_nowait((0, b""))
         await passing
+
+
+def _blanked(found: re.Match[bytes]) -> bytes:
+    return b" " * len(found[0])
 
 
 @asynccontextmanager
@@ -104,3 +118,37 @@ async def proxied(target: int) -> AsyncIterator[Proxy]:
     finally:
         proxy.cut()
         server.close()
+
+
+class Link:
+    """The proxies of some processes, one to each server."""
+
+    def __init__(self, proxies: list[Proxy]) -> None:
+        self._proxies = proxies
+
+    @property
+    def url(self) -> str:
+        return ",".join(proxy.url for proxy in self._proxies)
+
+    def cut(self) -> None:
+        for proxy in self._proxies:
+            proxy.cut()
+
+    def stall(self) -> None:
+        for proxy in self._proxies:
+            proxy.stall()
+
+    def restore(self) -> None:
+        for proxy in self._proxies:
+            proxy.restore()
+
+    def delay(self, seconds: float) -> None:
+        for proxy in self._proxies:
+            proxy.delay = seconds
+
+
+@asynccontextmanager
+async def linked(*targets: int) -> AsyncIterator[Link]:
+    """Run a proxy to each of these ports of this machine."""
+    async with AsyncExitStack() as stack:
+        yield Link([await stack.enter_async_context(proxied(target)) for target in targets])
