@@ -12,6 +12,7 @@ from nats.errors import ConnectionClosedError, ConnectionReconnectingError, Erro
 
 from jobqueue.client import Client
 from jobqueue.errors import describe_error
+from jobqueue.link import MIN_RATE, LinkWindow, transfer_time
 from jobqueue.message import Message, Outcome
 from jobqueue.retrying import MAX_RETRY_DELAY, retry
 
@@ -21,7 +22,9 @@ ACK_TIMEOUT = 5.0  # seconds for one attempt
 LATE_CHECK_INTERVAL = 0.5  # seconds
 PUBLISH_TIMEOUT = 30.0  # seconds for all attempts; well within the stream's duplicate window
 WINDOW = 1000  # messages in flight
-UNIT = 4096  # bytes; a large message takes several places of the window, which bounds the memory
+WINDOW_TIME = 1.0  # seconds that the bytes in flight may take on the link
+MAX_WINDOW_BYTES = 4 * 2**20
+OVERHEAD = 256  # bytes of a message for its subjects and its id
 MAX_SUBJECT = 2048  # characters; the server ends the connection at a line of 4,096
 
 
@@ -73,7 +76,7 @@ async def _publish_until_confirmed(
             raise ConnectionReconnectingError
         is_retry, may_be_stored = may_be_stored, True
         headers = {"Nats-Msg-Id": message.id}
-        attempt_time = min(ACK_TIMEOUT, deadline - now())
+        attempt_time = min(ACK_TIMEOUT + transfer_time(len(message.payload)), deadline - now())
         try:
             ack = await nc.jetstream().publish(subject, message.payload, timeout=attempt_time, headers=headers)
         except (ValueError, TypeError, KeyError):  # the answer is no JetStream ack
@@ -92,7 +95,8 @@ async def _publish_until_confirmed(
 async def publish_many(nc: Client, subject: str, messages: AsyncIterator[Message]) -> Counter[Outcome]:
     """Publish messages, many at a time, and return how many had each outcome.
 
-    A message that is not confirmed is published again like `publish` does. At most WINDOW are in flight.
+    A message that is not confirmed is published again like `publish` does. At most WINDOW are in flight, and on a slow
+    link no more than it carries in a second.
 
     Args:
         nc: the connection, from `connect`.
@@ -128,7 +132,7 @@ async def publish_many(nc: Client, subject: str, messages: AsyncIterator[Message
                     await pipeline.send(message)
             except Exception as error:
                 failure = error
-            await pipeline.wait_for_room(WINDOW)
+            await pipeline.wait_until_done()
             watching.cancel()
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
@@ -152,27 +156,35 @@ class _Pipeline:
         self._sent: dict[int, tuple[Message, float]] = {}  # by number, and when its answer is late; the earliest first
         self._count = 0
         self._now = asyncio.get_running_loop().time
-        self._room = WINDOW
-        self._has_room = asyncio.Event()
+        self._window = LinkWindow(WINDOW_TIME, MAX_WINDOW_BYTES)
+        self._in_flight = 0  # messages
+        self._bytes = 0  # of these
+        self._has_finished = asyncio.Event()
 
-    async def wait_for_room(self, room: int) -> None:
-        while self._room < room:
-            self._has_room.clear()
-            await self._has_room.wait()
+    async def wait_until_done(self) -> None:
+        while self._in_flight:
+            await self._wait()
+
+    async def _wait(self) -> None:
+        self._has_finished.clear()
+        await self._has_finished.wait()
 
     async def send(self, message: Message) -> None:
         """Send a message, and wait until there is room for another one."""
-        self._room -= _units(message)
+        self._in_flight += 1
+        self._bytes += _size(message)
         self._count += 1
         # Without a connection nats-py would send it much later.
         if self._nc.is_connected and message.fits(self._nc) and not self._is_refused():
-            self._sent[self._count] = message, self._now() + ACK_TIMEOUT
+            ahead = self._bytes / max(self._window.rate, MIN_RATE)  # seconds until the link has carried it
+            self._sent[self._count] = message, self._now() + ACK_TIMEOUT + ahead
             reply = f"{self.inbox}.{self._count}"
             with suppress(Error):  # retry_late publishes it again
                 await self._nc.publish(self._subject, message.payload, reply, {"Nats-Msg-Id": message.id})
         else:
             self._retry(message, may_be_stored=False)
-        await self.wait_for_room(1)
+        while self._in_flight >= WINDOW or self._bytes >= self._window.size:
+            await self._wait()
 
     async def receive(self, answer: Msg) -> None:
         """Take the answer to a message."""
@@ -188,6 +200,8 @@ class _Pipeline:
             self._retry(message, may_be_stored=True)
             return
         outcome = Outcome.DUPLICATE if ack.get("duplicate") else Outcome.STORED
+        self._window.carried += _size(message)
+        self._window.update(self._now())
         _log_stored(message, outcome)
         self._finish(message, outcome)
 
@@ -217,8 +231,9 @@ class _Pipeline:
 
     def _finish(self, message: Message, outcome: Outcome) -> None:
         self.outcomes[outcome] += 1
-        self._room += _units(message)
-        self._has_room.set()
+        self._in_flight -= 1
+        self._bytes -= _size(message)
+        self._has_finished.set()
 
 
 def _check_subject(subject: str) -> None:
@@ -230,5 +245,5 @@ def _log_stored(message: Message, outcome: Outcome) -> None:
     log.info("%s was already stored" if outcome == Outcome.DUPLICATE else "published %s", message)
 
 
-def _units(message: Message) -> int:
-    return min(WINDOW, 1 + len(message.payload) // UNIT)
+def _size(message: Message) -> int:
+    return OVERHEAD + len(message.payload)
