@@ -18,6 +18,7 @@ from jobqueue.dead_letters.removing import remove
 from jobqueue.dead_letters.verifying import ASKED_RECENTLY, CONFIRM_DELAY, UNCONFIRMED, DeadLetter, Verifier
 from jobqueue.errors import TRANSIENT_ERRORS, describe_failure, printable
 from jobqueue.in_flight import ACK, LEAVE, TERM
+from jobqueue.pulling import MAX_BYTES
 from jobqueue.retrying import retry
 from jobqueue.streams import ack_subject, probe_ack
 from jobqueue.time_limit import TimeLimit
@@ -45,6 +46,8 @@ class Processing:
     tally: Counter[str] = field(default_factory=Counter)
     _proven_on: int = -1  # the connection's reconnects when an answer of the server was heard
     _in_progress: set[int] = field(default_factory=set)  # the messages that are being reprocessed here
+    _bytes: int = 0  # of the messages in hand
+    _has_finished: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def handle(self, advisory: Msg) -> bytes:
         """Process the message that an advisory is about, and return how to ack the advisory."""
@@ -58,14 +61,22 @@ class Processing:
         if hint.sequence in self._in_progress:  # by another advisory of the same message
             return delayed_nak(MIN_DELAY)
         self._in_progress.add(hint.sequence)
+        size = 0
         try:
+            while self._bytes >= MAX_BYTES:
+                self._has_finished.clear()
+                await self._has_finished.wait()
             letter, why = await self._retry(hint, partial(self._look, hint, advisory))
             if letter:
+                size = len(letter.message.data)
+                self._bytes += size
                 return await self._process(hint, letter, advisory.metadata.num_delivered)
         except (*TRANSIENT_ERRORS, NotFoundError):  # a shutdown doesn't wait for the server
             return LEAVE
         finally:
             self._in_progress.remove(hint.sequence)
+            self._bytes -= size
+            self._has_finished.set()
         if why in (ASKED_RECENTLY, UNCONFIRMED):
             return delayed_nak(MIN_DELAY if why == ASKED_RECENTLY else CONFIRM_DELAY)
         log.info("nothing to reprocess: stream sequence # %d in %s %s", hint.sequence, stream, why)

@@ -5,6 +5,7 @@ import base64
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from nats.aio.client import Client
 from nats.js.errors import NotFoundError
@@ -38,11 +39,42 @@ class StoredMessage(NamedTuple):
         return is_same_connection and time.monotonic() - self.read_at < FRESH_FOR
 
 
+class _Reads:
+    """Bounds how many messages are read at a time on a connection, by the size of the last one."""
+
+    def __init__(self, nc: Client) -> None:
+        self.limit = window_size(nc)
+        self._count = 0
+        self._changed = asyncio.Condition()
+
+    async def __aenter__(self) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._count < self.limit)
+            self._count += 1
+
+    async def __aexit__(self, *_: object) -> None:
+        async with self._changed:
+            self._count -= 1
+            self._changed.notify(self.limit)
+
+
+_reads: WeakKeyDictionary[Client, _Reads] = WeakKeyDictionary()
+
+
 async def get_message(nc: Client, stream: str, sequence: int, subject: str | None = None) -> StoredMessage | None:
     """Return the message with a stream sequence, as the stream's leader has it; None if there is none.
 
     With a subject it is the first message from that sequence on whose subject that matches.
     """
+    if not (reads := _reads.get(nc)):
+        reads = _reads[nc] = _Reads(nc)
+    async with reads:
+        message = await _get_message(nc, stream, sequence, subject)
+        reads.limit = window_size(nc, [message])
+        return message
+
+
+async def _get_message(nc: Client, stream: str, sequence: int, subject: str | None) -> StoredMessage | None:
     request: dict[str, Any] = {"seq": sequence} | ({"next_by_subj": subject} if subject else {})
     for timeout in READ_TIMEOUTS:
         now = time.monotonic(), nc.stats["reconnects"]
