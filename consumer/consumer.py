@@ -4,9 +4,11 @@ Usage:
     python consumer/consumer.py orders_stream "orders.*"
 """
 
+import os
 import signal
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C until `shutdown_on_signal`: end at once, without a traceback
+for signum in (signal.SIGINT, signal.SIGTERM):  # Until `start`. As process 1, Linux ignores what has no handler.
+    signal.signal(signum, lambda signum, _: os._exit(128 + signum))
 
 import argparse
 import asyncio
@@ -126,7 +128,7 @@ async def run() -> int:
         with shutdown_on_signal(shutdown, lambda: f"{worker.in_flight} orders in flight"):
             tally = await worker.run(shutdown)
     log.info("stopped: %d orders processed, %d deliveries failed", tally[ACK], tally[LEAVE] + tally[NAK])
-    return 0
+    return 1 if worker.in_flight else 0
 
 
 def main() -> None:

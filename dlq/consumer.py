@@ -4,9 +4,11 @@ Usage:
     python dlq/consumer.py orders_unprocessed orders_stream
 """
 
+import os
 import signal
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C until `shutdown_on_signal`: end at once, without a traceback
+for signum in (signal.SIGINT, signal.SIGTERM):  # Until `start`. As process 1, Linux ignores what has no handler.
+    signal.signal(signum, lambda signum, _: os._exit(128 + signum))
 
 import argparse
 import asyncio
@@ -91,7 +93,7 @@ async def run() -> int:
         "stopped: %d dead letters done, %d attempts failed, %d advisories deleted",
         *(processing.tally[outcome] for outcome in ("done", "failed", "deleted")),
     )
-    return 0
+    return 1 if worker.in_flight else 0
 
 
 def main() -> None:

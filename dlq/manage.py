@@ -7,15 +7,16 @@ Usage:
     python dlq/manage.py orders_unprocessed orders_stream discard --all
 """
 
+import os
 import signal
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C until `shutdown_on_signal`: end at once, without a traceback
+for signum in (signal.SIGINT, signal.SIGTERM):  # Until `start`. As process 1, Linux ignores what has no handler.
+    signal.signal(signum, lambda signum, _: os._exit(128 + signum))
 
 import argparse
 import asyncio
 import json
 import logging
-import os
 import sys
 from datetime import datetime
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -13,12 +14,14 @@ from nats.protocol.parser import PERMISSIONS_ERR
 
 from jobqueue.client import Client, ProgramClient, ScriptClient
 from jobqueue.environment import read_environment
-from jobqueue.errors import Failure, describe_error
+from jobqueue.errors import NO_JETSTREAM_CODES, Failure, describe_error
+from jobqueue.retrying import retry_at_start
 
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT = 10.0  # seconds until the first connect has succeeded or failed
 REFUSED_SUBJECT = re.compile(r'for (?:publish|subscription) to "([^"]*)"')
+FIRST_REPORT, MAX_REPORT_INTERVAL = 5.0, 600.0  # seconds without a connection until the log says why, then longer ones
 CLOSE_TIMEOUT = 2.0  # seconds for what is still to be sent when a connection is closed
 
 OPTIONS: dict[str, Any] = {
@@ -41,6 +44,8 @@ class _Events:
         self._on_refused = on_refused
         self._shows_tracebacks = shows_tracebacks
         self._failed_attempts = 0
+        self._now = asyncio.get_running_loop().time
+        self._report_at, self._report_interval = math.inf, 0.0  # when to log why there is no connection
 
     async def on_error(self, error: Exception) -> None:
         why = describe_error(error)
@@ -54,6 +59,10 @@ class _Events:
                 log.warning("the server refused the connection: %s", why)
         elif self.is_open and not isinstance(error, Error | OSError | TimeoutError):
             log.error("a subscription's callback failed: %s", why, exc_info=error if self._shows_tracebacks else None)
+        elif self.is_open and self._now() >= self._report_at:
+            self._report_interval = min(2 * self._report_interval, MAX_REPORT_INTERVAL)
+            self._report_at = self._now() + self._report_interval
+            log.warning("cannot reconnect yet: %s", why.strip("'"))
         if self.is_connecting:
             self._failed_attempts += 1
             if self.disconnect_reason or self._failed_attempts >= len(self._servers):
@@ -65,9 +74,11 @@ class _Events:
     async def on_disconnected(self) -> None:
         if self.is_open:
             log.warning("connection lost; reconnecting")
+        self._report_interval = FIRST_REPORT
+        self._report_at = self._now() + FIRST_REPORT
 
     async def on_reconnected(self) -> None:
-        self.disconnect_reason = ""
+        self.disconnect_reason, self._report_at = "", math.inf
         log.info("connected again")
 
 
@@ -89,7 +100,8 @@ async def connect(name: str) -> AsyncIterator[Client]:
             for all but ASCII letters, digits and `-`, so that a user may be permitted to read just these.
 
     Raises:
-        Failure: the first connect failed, which takes ten seconds at the most, or there is no JetStream.
+        Failure: the first connect failed, which takes ten seconds at the most, or there is no JetStream (half a minute
+            if a cluster has no leader).
 
     Example:
         async with connect("shop") as nc:
@@ -166,11 +178,18 @@ async def _connect_first(nc: Client, events: _Events, name: str, servers: list[s
                 **options,
             )
             events.is_connecting = False
-            await nc.jetstream().account_info()
-    except ServiceUnavailableError:
-        raise Failure(f"{', '.join(servers)} has no JetStream, or none for this account") from None
+        await retry_at_start(nc.jetstream().account_info, f"JetStream at {', '.join(servers)}", _is_no_jetstream)
+    except ServiceUnavailableError as error:
+        if _is_no_jetstream(error):
+            raise Failure(f"{', '.join(servers)} has no JetStream, or none for this account") from None
+        raise Failure(f"JetStream at {', '.join(servers)}: {describe_error(error)}") from None
     except (TimeoutError, Error) as error:
         raise Failure(
             f"cannot connect to {', '.join(servers)}: {events.disconnect_reason or describe_error(error)}"
         ) from None
     events.is_open = True
+
+
+def _is_no_jetstream(error: Exception) -> bool:
+    """Return whether an error means more than that a cluster has no leader at the moment."""
+    return isinstance(error, ServiceUnavailableError) and error.err_code in (None, *NO_JETSTREAM_CODES)

@@ -16,6 +16,7 @@ TRANSIENT_ERRORS = (
 )
 # JetStream's error codes for a full stream and for a durable that can't be so; as a 503 and a 500 they look transient.
 PERMANENT_CODES = (10077, 10012)
+NO_JETSTREAM_CODES = (10035, 10039, 10076)
 MAX_PRINTED = 200  # characters of a payload in a log line
 MAX_TRACEBACK = 100  # lines
 UNKNOWN_AUTHORITY = (18, 19, 20, 21)  # https://docs.openssl.org/3.0/man3/X509_STORE_CTX_get_error/

@@ -42,11 +42,11 @@ async def retry(call: Callable[[], Awaitable[T]], what: str, should_raise: Calla
 
 
 async def retry_at_start(
-    call: Callable[[], Awaitable[T]], what: str, should_raise: Callable[[], bool] = lambda: False
+    call: Callable[[], Awaitable[T]], what: str, should_raise: Callable[[Exception], bool] = lambda _: False
 ) -> T:
     """Return what `call()` returns, as `retry` does, but for START_TIMEOUT at most, and not after a "not found"."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + START_TIMEOUT
     return await retry(
-        call, what, lambda error: isinstance(error, NotFoundError) or loop.time() > deadline or should_raise()
+        call, what, lambda error: isinstance(error, NotFoundError) or loop.time() > deadline or should_raise(error)
     )

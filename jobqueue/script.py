@@ -37,6 +37,9 @@ def start(run: Coroutine[None, None, int], script_log: logging.Logger) -> int:
     """
     _open_standard_files()
     set_up_logging(script_log)
+    for signum in _handled_signals():
+        signal.signal(signum, _end_while_starting)
+    _reset_signals_when_forked()
 
     async def run_until_failure() -> int:
         liveness_file = os.environ.get("LIVENESS_FILE")
@@ -68,8 +71,7 @@ def shutdown_on_signal(shutdown: asyncio.Event, describe_work: Callable[[], str]
         describe_work: returns what is still to be finished, for the log.
     """
     loop = asyncio.get_running_loop()
-    # nohup has SIGHUP ignored: leave it ignored.
-    signals = [signum for signum in SHUTDOWN_SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
+    signals = _handled_signals()
     first_at: float | None = None
     timer: asyncio.TimerHandle | None = None
     is_over = False
@@ -93,8 +95,7 @@ def shutdown_on_signal(shutdown: asyncio.Event, describe_work: Callable[[], str]
             loop.call_soon_threadsafe(begin_shutdown)
         # A closed terminal sends SIGHUP more than once; `timeout` and supervisors signal a process and its group.
         elif signum != signal.SIGHUP and now > first_at + SAME_SIGNAL_TIME:
-            signal.signal(signum, signal.SIG_DFL)
-            signal.raise_signal(signum)
+            _end(signum)
 
     for signum in signals:
         signal.signal(signum, on_signal)
@@ -104,9 +105,49 @@ def shutdown_on_signal(shutdown: asyncio.Event, describe_work: Callable[[], str]
         is_over = True
         for signum in signals:
             is_hangup = signum == signal.SIGHUP and first_at is not None
-            signal.signal(signum, signal.SIG_IGN if is_hangup else signal.SIG_DFL)
+            signal.signal(signum, signal.SIG_IGN if is_hangup else _end)
         if timer:
             timer.cancel()
+
+
+def _handled_signals() -> list[signal.Signals]:
+    # nohup has SIGHUP ignored: leave it ignored.
+    return [signum for signum in SHUTDOWN_SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
+
+
+def _end(signum: int, _frame: Any = None) -> None:
+    """End the process as the signal does by default."""
+    signal.signal(signum, signal.SIG_DFL)
+    signal.raise_signal(signum)
+    os._exit(128 + signum)  # Linux ignores the default for process 1, as in a container
+
+
+def _end_while_starting(signum: int, _frame: Any) -> None:
+    signal.signal(signum, _end)  # the log may be stalled
+    log.info("stopped by %s while starting", signal.Signals(signum).name)
+    _end(signum)
+
+
+def _reset_signals_when_forked() -> None:
+    """Let signals end a forked process, as they do by default; else a user's `multiprocessing` can't end its processes.
+
+    Python drops a signal that comes to the new process before its handlers are reset, so it is blocked until then.
+    """
+
+    def reset() -> None:
+        for signum in SHUTDOWN_SIGNALS:
+            if getattr(signal.getsignal(signum), "__module__", "") == __name__:
+                signal.signal(signum, signal.SIG_DFL)
+        unblock()
+
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SHUTDOWN_SIGNALS)
+
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, SHUTDOWN_SIGNALS),
+        after_in_parent=unblock,
+        after_in_child=reset,
+    )
 
 
 async def _touch_liveness_file(name: str) -> None:

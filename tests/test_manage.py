@@ -123,7 +123,7 @@ async def test_dead_letters_are_discarded_after_they_have_been_printed(server: S
 
 
 @pytest.mark.parametrize(
-    ("answer", "status"), [(b"y\n", 0), (b"n\n", 1), (b"\x04", 1), (signal.SIGINT, -signal.SIGINT)]
+    ("answer", "status"), [(b"y\n", 0), (b"n\n", 1), (b"\x04", 1), (signal.SIGINT, 128 + signal.SIGINT)]
 )
 async def test_a_terminal_is_asked_before_all_are_discarded(
     server: Server, nc: Client, answer: bytes | signal.Signals, status: int

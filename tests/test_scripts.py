@@ -1,6 +1,5 @@
 """The set-up, the demo, and what all the scripts have in common."""
 
-import asyncio
 import os
 import re
 import shutil
@@ -101,18 +100,3 @@ async def test_uv_runs_a_script_without_any_setup(server: Server, tmp_path: Path
     async with started(*command, cwd=project, NATS_URL=server.url, UV_SYSTEM_CERTS="true") as publisher:
         assert await publisher.status() == 0, publisher.lines
     assert publisher.messages[-1] == "published order no. 0"
-
-
-async def test_a_script_in_a_terminal_ends_by_ctrl_c_while_it_connects() -> None:
-    """No KeyboardInterrupt's traceback before the handlers are in place."""
-    connections: list[asyncio.StreamWriter] = []
-    silent = await asyncio.start_server(lambda _, writer: connections.append(writer), "127.0.0.1", 0)
-    url = f"nats://127.0.0.1:{silent.sockets[0].getsockname()[1]}"
-    async with started(sys.executable, "publisher/publisher.py", "orders.new", NATS_URL=url) as script:
-        async with asyncio.timeout(30):
-            while not connections:
-                await asyncio.sleep(0.02)
-        assert await script.stop(signal.SIGINT) == -signal.SIGINT
-    assert not script.lines
-    connections[0].transport.abort()
-    silent.close()

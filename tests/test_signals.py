@@ -130,7 +130,7 @@ async def test_ctrl_c_during_the_imports_leaves_no_traceback(tmp_path: Path, com
     (tmp_path / "argparse.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(60)\n")
     async with started(sys.executable, *command, PYTHONPATH=f"{tmp_path}") as script:
         await script.line("importing")
-        assert await script.stop(signal.SIGINT) == -signal.SIGINT
+        assert await script.stop(signal.SIGINT) == 128 + signal.SIGINT
     assert script.lines == ["importing"]
 
 
