@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from typing import Any
 
 from nats.aio.client import Client
 
@@ -24,28 +25,42 @@ class ProcessGroup:
         self.running: list[Script] = []
         self.all: list[Script] = []
         self.exposed: set[str] = set()  # the orders that may be done twice
+        self.commands: dict[Script, tuple[str, ...]] = {}
+        self.urls: dict[Script, str] = {}
         self._killed: list[Script] = []
         self._keepers: list[asyncio.Task[None]] = []
         self._stopping = False
-        self._env = {"NATS_URL": url or server.url}
+        self._url = url or server.url
 
-    async def start(self, *command: str) -> None:
+    async def start(self, *command: str, url: str = "") -> None:
         """Run a script, and run it again as soon as it ends, and wait until it is there for the first time."""
         there = asyncio.Event()
-        self._keepers.append(asyncio.create_task(self._keep(command, there)))
+        self._keepers.append(asyncio.create_task(self._keep(command, url, there)))
         await there.wait()
 
-    async def _keep(self, command: tuple[str, ...], there: asyncio.Event) -> None:
+    async def _keep(self, command: tuple[str, ...], url: str, there: asyncio.Event) -> None:
         while not self._stopping:
-            async with self.server.script(*command, **self._env) as script:
-                self.running.append(script)
-                self.all.append(script)
+            async with self.member(*command, url=url) as script:
                 there.set()
                 await script.ended()
-                if script in self.running:
-                    self.running.remove(script)
                 if script in self._killed:
                     self.exposed |= set(begun(script)[-AT_WORK:])
+
+    @asynccontextmanager
+    async def member(
+        self, *command: str, url: str = "", stdin: Any = asyncio.subprocess.DEVNULL
+    ) -> AsyncIterator[Script]:
+        """Run a script once, as one of the group."""
+        url = url or self._url
+        async with self.server.script(*command, stdin=stdin, NATS_URL=url) as script:
+            self.running.append(script)
+            self.all.append(script)
+            self.commands[script], self.urls[script] = command, url
+            try:
+                yield script
+            finally:
+                if script in self.running:
+                    self.running.remove(script)
 
     def kill(self, rng: random.Random) -> None:
         """Kill one of the processes that have work; what it was group on may be done once more."""
@@ -60,10 +75,11 @@ class ProcessGroup:
         for script in self.running:
             self.exposed |= {*begun(script)[-AT_WORK:], *begun(script, since)}
 
-    async def is_connected(self) -> bool:
-        """Return whether each process that lost its connection has it again."""
+    async def is_connected(self, concerned: Iterable[Script] = ()) -> bool:
+        """Return whether each process (or each of these) that lost its connection has it again."""
         lost, again = "connection lost; reconnecting", "connected again"
-        return all(len(script.found(lost)) == len(script.found(again)) for script in self.running)
+        scripts = set(self.running) & set(concerned or self.running)
+        return all(len(script.found(lost)) == len(script.found(again)) for script in scripts)
 
     async def stop(self) -> list[int]:
         """Have all of them stop and return the exit statuses."""
