@@ -11,13 +11,18 @@ R = TypeVar("R")
 
 
 async def run_all(coroutines: Iterable[Coroutine[Any, Any, R]]) -> list[R]:
-    """Return what the coroutines return; at the first error cancel the others, and raise it as it is."""
+    """Return what the coroutines return; at the first error cancel the others, and raise it as it is.
+
+    No TaskGroup: after an error that of Python 3.11.2 leaves its own task cancelled, so that a later time-out ends it.
+    """
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(coroutine) for coroutine in coroutines]
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
 
 
 async def run_for_each(items: Iterable[T], call: Callable[[T], Awaitable[None]]) -> None:

@@ -447,3 +447,14 @@ async def test_work_beyond_the_time_limit_fails_and_at_the_end_its_task_is_cance
     assert isinstance(outcome, asyncio.CancelledError if is_closed else TimeoutError)
     assert not tasks[1].done() and tasks[1].cancel()
     assert isinstance(await tasks[1], asyncio.CancelledError)
+
+
+async def test_a_task_can_have_a_time_out_after_one_of_its_requests_has_failed() -> None:
+    async def fail() -> None:
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        await run_all([fail(), asyncio.sleep(60)])
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await asyncio.sleep(60)
