@@ -127,7 +127,7 @@ class Registry:
         now, known = self._now(), self._entries.get(sequence)
         self.heard_at = now
         if consumer_seq > self._last_consumer_seq:
-            # Another durable of that name would count from 1. It had no time to get so far since the last check.
+            # A new durable of that name would start at 1, and can't have come this far within CHECK_VALID_FOR.
             if now - self.checked_at < CHECK_VALID_FOR:
                 self.checked_at = now
             self._last_consumer_seq = consumer_seq
@@ -168,7 +168,8 @@ class Registry:
 
     def remove(self, entry: Entry) -> None:
         """Send nothing more for a message."""
-        if self._entries.pop(entry.sequence, None):
+        if entry in self:
+            del self._entries[entry.sequence]
             self.bytes -= entry.size
 
     def drop(self, entry: Entry, why: str) -> None:
@@ -177,14 +178,16 @@ class Registry:
         log.warning("stream sequence # %d in %s %s: not acked", entry.sequence, self._stream, why)
 
     def has_late_acks(self) -> bool:
-        """Return whether an ack is unsent, or unconfirmed for too long."""
-        late = self._now() - CONFIRM_TIMEOUT
-        return any(entry.ack and entry.sent_at < late for entry in self._entries.values())
+        """Return whether an ack is unsent, or unconfirmed for too long; those of earlier epochs are verified first."""
+        late, epoch = self._now() - CONFIRM_TIMEOUT, self.epoch
+        return any(entry.ack and entry.sent_at < late and entry.epoch == epoch for entry in self._entries.values())
 
     async def resend_acks(self) -> None:
         """Send the acks that are unsent or late. Their stream has just been checked."""
         now = self._now()
         for entry in list(self._entries.values()):
+            if entry not in self:
+                continue
             if entry.ack and now > entry.finished_at + MAX_CONFIRM_TIME:
                 self.drop(entry, "may be redelivered, since the server has not confirmed its ack")
             elif entry.ack and entry.sent_at < now - CONFIRM_TIMEOUT and self._may_send(entry):
@@ -232,5 +235,5 @@ class Registry:
             return
         self.remove(entry)
         self.heard_at = self._now()
-        if entry.tries == 1:  # of several nobody knows which one was confirmed
+        if entry.tries == 1 and entry.sent_at:  # of several nobody knows which one was confirmed
             self._on_confirmed(self.heard_at - entry.sent_at)

@@ -153,7 +153,7 @@ class _Pipeline:
         self._nc = nc
         self._subject = subject
         self._tasks = tasks
-        self._sent: dict[int, tuple[Message, float]] = {}  # by number, and when its answer is late; the earliest first
+        self._sent: dict[int, tuple[Message, float]] = {}  # by number, and when its answer is late
         self._count = 0
         self._now = asyncio.get_running_loop().time
         self._window = LinkWindow(WINDOW_TIME, MAX_WINDOW_BYTES)
@@ -176,7 +176,8 @@ class _Pipeline:
         self._count += 1
         # Without a connection nats-py would send it much later.
         if self._nc.is_connected and message.fits(self._nc) and not self._is_refused():
-            ahead = self._bytes / max(self._window.rate, MIN_RATE)  # seconds until the link has carried it
+            # Seconds until the link has carried it; well within the stream's duplicate window.
+            ahead = min(self._bytes / max(self._window.rate, MIN_RATE), PUBLISH_TIMEOUT)
             self._sent[self._count] = message, self._now() + ACK_TIMEOUT + ahead
             reply = f"{self.inbox}.{self._count}"
             with suppress(Error):  # retry_late publishes it again
@@ -211,7 +212,7 @@ class _Pipeline:
             await asyncio.sleep(LATE_CHECK_INTERVAL)
             for number, (message, late_at) in list(self._sent.items()):
                 if late_at > self._now() and not self._is_refused():
-                    break
+                    continue
                 del self._sent[number]
                 self._retry(message, may_be_stored=True)
 

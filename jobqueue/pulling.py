@@ -15,12 +15,12 @@ from jobqueue.link import LinkWindow
 
 PULL_EXPIRES = 2.0  # seconds; a graceful shutdown waits for it, since a dropped delivery costs the message an attempt
 MAX_PULL_LATENESS = 2.0  # seconds after that until its answer counts as lost
-MIN_QUEUE_TIME = 0.01  # seconds of work; less saves nobody's time, and costs a request for every other message
+MIN_QUEUE_TIME = 0.01  # seconds of work; below this, a request is sent for every other message
 MAX_QUEUE_TIME = 0.4  # seconds of work that may wait in this process, and of messages that may be on their way
 MAX_REQUESTS = 2  # at a time
 MAX_BYTES = 16 * 2**20  # of messages that are requested or in hand
-MAX_REQUESTED_BYTES = 8 * 2**20
-UNLIMITED_BYTES = 2 * 2**20  # for which a request needs no limit, whatever the size of the messages
+MAX_WINDOW_BYTES = 8 * 2**20
+MIN_LIMIT = 2 * 2**20  # bytes of a request; a batch that can't exceed its limit is sent without `max_bytes`
 OVERHEAD = 256  # bytes of a delivery for its subjects
 TOO_LARGE = "409 Message Size Exceeds MaxBytes"  # the next message, for what is left of a request's bytes
 
@@ -65,7 +65,7 @@ class _Request:
         self.inbox = inbox
         self.number = 0  # the last token of its inbox: a status of an earlier request is told by that
         self.messages = 0  # that may still come
-        self.bytes = 0
+        self.bytes = 0  # that may still come
         self.batch = 0  # messages that were asked for
         self.sent_at = self.heard_at = self.expires_at = 0.0
 
@@ -88,9 +88,9 @@ class PullRequests:
         self._on_delivery = on_delivery
         self._on_end = on_end
         self._requests = [_Request(nc.new_inbox()) for _ in range(MAX_REQUESTS)]
-        self.window = LinkWindow(MAX_QUEUE_TIME, MAX_REQUESTED_BYTES)
+        self.window = LinkWindow(MAX_QUEUE_TIME, MAX_WINDOW_BYTES)
         self._size = 1  # bytes of the last message
-        self._is_too_large = False  # the next one, for the limit of a request
+        self._next_exceeds_limit = False  # the next message, that of the last request
         self._now = asyncio.get_running_loop().time
         self._forgotten_until = 0.0
         self.set_limits({})
@@ -115,9 +115,9 @@ class PullRequests:
             return
         requested, largest = sum([one.bytes for one in self._requests]), self._nc.max_payload
         spare = MAX_BYTES - in_hand - requested
-        limit = min(max(self.window.size, UNLIMITED_BYTES), max(spare // 2, min(spare, self._size)), self._max_bytes)
+        limit = min(max(self.window.size, MIN_LIMIT), max(spare // 2, min(spare, self._size)), self._max_bytes)
         wanted: dict[str, int] = {"expires": self._expires}
-        if self._is_too_large or limit < self._size:
+        if self._next_exceeds_limit or limit < self._size:
             if requested or in_hand >= MAX_BYTES:
                 return
             batch, request.bytes = 1, largest  # one message of any size comes through
@@ -171,7 +171,7 @@ class PullRequests:
             request.heard_at = self._now()
             self._size = size = OVERHEAD + len(message.data)
             self.window.carried += size
-            self._is_too_large = False
+            self._next_exceeds_limit = False
             if request.messages:  # else it was forgotten
                 request.messages -= 1
                 request.bytes = request.bytes - size if request.messages else 0
@@ -183,7 +183,7 @@ class PullRequests:
             missing = int(headers.get("Nats-Pending-Messages", request.messages))
             status = describe_status(headers)
             if status == TOO_LARGE:
-                self._is_too_large |= missing == request.batch
+                self._next_exceeds_limit |= missing == request.batch
                 status = ""
             self._lower(request, min(missing, request.messages))  # on replicas the rest may come after the status
             await self._on_end(status)

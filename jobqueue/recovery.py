@@ -72,7 +72,7 @@ class Recovery:
         self._needed.set()
 
     def check(self) -> None:
-        """Have stream and durable checked and open acks sent, before the next pull request if the leader was silent."""
+        """Request a check, which sends unsent acks; no pull request is sent until then if the leader was silent."""
         if self._now() - self._registry.heard_at > CHECK_VALID_FOR:
             self._is_stable = False
         self._needed.set()
@@ -95,9 +95,9 @@ class Recovery:
         delay = MIN_RETRY_DELAY
         while True:
             self._needed.clear()
-            grace_over = self._now() >= self._grace_ends
+            was_grace_over = self._is_grace_over()
             try:
-                await self._check_once(grace_over)
+                await self._check_once()
             except (Error, TimeoutError) as error:
                 if isinstance(error, TimeoutError) and self._nc.is_receiving:
                     continue  # the answer is behind a large message
@@ -107,19 +107,22 @@ class Recovery:
                 continue
             if self._needed.is_set():
                 continue  # something has changed meanwhile, and open acks are not sent yet
-            if grace_over:
+            if was_grace_over:
                 return
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._grace_ends - self._now()):
                     await self._needed.wait()
 
-    async def _check_once(self, grace_over: bool) -> None:
+    def _is_grace_over(self) -> bool:
+        return self._now() >= self._grace_ends
+
+    async def _check_once(self) -> None:
         while not self._nc.is_connected:
             await asyncio.sleep(MIN_RETRY_DELAY)
         self.note_reconnect()
         # What is in flight comes first: it needs heartbeats even while there is no leader.
         if unverified := self._registry.unverified():
-            await self._verify_highest(unverified, grace_over)
+            await self._verify_highest(unverified)
             await self._registry.send_heartbeats()
         checked_at = self._now()
         durable, stream = await asyncio.gather(
@@ -130,9 +133,10 @@ class Recovery:
         self._note_changes(durable, stream)
         self._registry.checked_at = checked_at
         await self._registry.resend_acks()
-        if self._is_in_doubt and grace_over:
+        if self._is_in_doubt and self._is_grace_over():
+            epoch = self._registry.epoch
             await run_for_each(self._registry.not_begun(), self._drop_if_gone)
-            self._is_in_doubt = False
+            self._is_in_doubt = epoch != self._registry.epoch
 
     def _note_changes(self, durable: dict[str, Any], stream: dict[str, Any]) -> None:
         """Recover if the durable has another leader, or the stream may be another one.
@@ -145,7 +149,7 @@ class Recovery:
             self.recover()
         self._leader, self._created = leader, created
 
-    async def _verify_highest(self, unverified: list[Entry], grace_over: bool) -> None:
+    async def _verify_highest(self, unverified: list[Entry]) -> None:
         """Verify all messages up to the highest one that is the same.
 
         A stream's history only loses its end (a roll-back, a snapshot) or all of it (another stream, another server).
@@ -158,7 +162,7 @@ class Recovery:
             highest = unverified[-at_a_time:]
             del unverified[-at_a_time:]
             epoch = self._registry.epoch
-            same = await run_all(self._is_same(entry, grace_over) for entry in highest)
+            same = await run_all(self._is_same(entry) for entry in highest)
             if any(same):
                 self._registry.verify_up_to(max(compress(highest, same), key=lambda entry: entry.sequence), epoch)
                 return
@@ -167,17 +171,17 @@ class Recovery:
     async def _drop_if_gone(self, entry: Entry) -> None:
         """Don't begin to process what somebody else has done while this process was cut off."""
         if not entry.is_begun:
-            await self._is_same(entry, grace_over=True)
+            await self._is_same(entry)
 
-    async def _is_same(self, entry: Entry, grace_over: bool) -> bool:
+    async def _is_same(self, entry: Entry) -> bool:
         """Read a message in flight back, and drop it if its sequence has another message now, or none."""
         found = await find_stored_at(self._nc, self._stream, entry.sequence, entry.size)
         if found == entry.stored_at or entry not in self._registry:
             return found == entry.stored_at
         if found:
             self._registry.drop(entry, "is another message now")
-        elif grace_over and entry.ack:
+        elif self._is_grace_over() and entry.ack:
             self._registry.remove(entry)  # the server has its ack
-        elif grace_over:  # before that, a replica may not have the message yet
+        elif self._is_grace_over():  # before that, a replica may not have the message yet
             self._registry.drop(entry, "is gone")
         return False

@@ -124,7 +124,7 @@ def _end(signum: int, _frame: Any = None) -> None:
 
 def _end_while_starting(signum: int, _frame: Any) -> None:
     signal.signal(signum, _end)  # the log may be stalled
-    log.info("stopped by %s while starting", signal.Signals(signum).name)
+    log.info("stopped by %s", signal.Signals(signum).name)
     _end(signum)
 
 
@@ -133,6 +133,7 @@ def _reset_signals_when_forked() -> None:
 
     Python drops a signal that comes to the new process before its handlers are reset, so it is blocked until then.
     """
+    mask: set[int] = set()
 
     def reset() -> None:
         for signum in SHUTDOWN_SIGNALS:
@@ -140,14 +141,14 @@ def _reset_signals_when_forked() -> None:
                 signal.signal(signum, signal.SIG_DFL)
         unblock()
 
-    def unblock() -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SHUTDOWN_SIGNALS)
+    def block() -> None:
+        nonlocal mask
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SHUTDOWN_SIGNALS)
 
-    os.register_at_fork(
-        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, SHUTDOWN_SIGNALS),
-        after_in_parent=unblock,
-        after_in_child=reset,
-    )
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=reset)
 
 
 async def _touch_liveness_file(name: str) -> None:

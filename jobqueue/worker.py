@@ -55,7 +55,7 @@ class Worker:
         self._shutdown = asyncio.Event()
         self._queue: asyncio.Queue[Entry] = asyncio.Queue()
         self._tasks: dict[asyncio.Task[None], Entry | None] = {}  # what each is processing
-        self._unprocessed = 0  # messages that have come
+        self._unprocessed = 0  # messages that were delivered and are not done
         self._probed_forms: set[int] = set()  # of ack subjects
         self._tally: Counter[bytes] = Counter()
         self._prefetch = Prefetch()
@@ -131,7 +131,7 @@ class Worker:
             return
         room = self._concurrency + self._prefetch.size - self._unprocessed
         if not self._probed_forms:
-            room = 1 - self._unprocessed  # this user may not be permitted to ack it
+            room = 1 - self._unprocessed  # one message, until it shows that this user may ack
         missing = room - self._pulls.messages
         if missing >= max(1, room // 2):
             await self._pulls.send(missing, self._registry.bytes)
@@ -157,8 +157,8 @@ class Worker:
 
     async def _probe(self, message: Msg, form: int) -> None:
         """Make sure that a message may be acked. Only a delivery tells which form the ack subjects have."""
-        await probe_ack(self._nc, message.reply)
         with suppress(Error, TimeoutError):  # the next delivery tells, then
+            await probe_ack(self._nc, message.reply)
             await api_request(self._nc, f"CONSUMER.INFO.{self._stream}.{self._durable}")
             self._probed_forms.add(form)
 
@@ -198,10 +198,10 @@ class Worker:
     async def _complete(self, entry: Entry, ack: bytes) -> None:
         self._tally[ack] += 1
         self._prefetch.count_completed()
+        self._unprocessed -= 1
         if await self._registry.finish(entry, ack):
+            self._unprocessed += 1
             self._queue.put_nowait(entry)
-        else:
-            self._unprocessed -= 1
         await self._pull()
 
     async def _housekeeping(self, heartbeat_interval: float) -> None:

@@ -47,6 +47,7 @@ class Processing:
     _proven_on: int = -1  # the connection's reconnects when an answer of the server was heard
     _in_progress: set[int] = field(default_factory=set)  # the messages that are being reprocessed here
     _bytes: int = 0  # of the messages in hand
+    _last_size: int = 2**20
     _has_finished: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def handle(self, advisory: Msg) -> bytes:
@@ -66,10 +67,12 @@ class Processing:
             while self._bytes >= MAX_BYTES:
                 self._has_finished.clear()
                 await self._has_finished.wait()
+            size = self._last_size  # as the size of this one isn't known yet
+            self._bytes += size
             letter, why = await self._retry(hint, partial(self._look, hint, advisory))
             if letter:
-                size = len(letter.message.data)
-                self._bytes += size
+                self._bytes += len(letter.message.data) - size
+                size = self._last_size = len(letter.message.data)
                 return await self._process(hint, letter, advisory.metadata.num_delivered)
         except (*TRANSIENT_ERRORS, NotFoundError):  # a shutdown doesn't wait for the server
             return LEAVE

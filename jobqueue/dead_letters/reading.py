@@ -45,17 +45,17 @@ class _Reads:
     def __init__(self, nc: Client) -> None:
         self.limit = window_size(nc)
         self._count = 0
-        self._changed = asyncio.Condition()
+        self._has_ended = asyncio.Event()
 
     async def __aenter__(self) -> None:
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._count < self.limit)
-            self._count += 1
+        while self._count >= self.limit:
+            self._has_ended.clear()
+            await self._has_ended.wait()
+        self._count += 1
 
     async def __aexit__(self, *_: object) -> None:
-        async with self._changed:
-            self._count -= 1
-            self._changed.notify(self.limit)
+        self._count -= 1
+        self._has_ended.set()
 
 
 _reads: WeakKeyDictionary[Client, _Reads] = WeakKeyDictionary()
@@ -70,7 +70,8 @@ async def get_message(nc: Client, stream: str, sequence: int, subject: str | Non
         reads = _reads[nc] = _Reads(nc)
     async with reads:
         message = await _get_message(nc, stream, sequence, subject)
-        reads.limit = window_size(nc, [message])
+        if message:
+            reads.limit = window_size(nc, [message])
         return message
 
 
