@@ -63,7 +63,7 @@ class _Request:
 
     def __init__(self, inbox: str) -> None:
         self.inbox = inbox
-        self.number = 0  # the last token of its inbox: a status of an earlier request is told by that
+        self.number = 0  # the last token of its inbox; a status of an earlier request has another one
         self.messages = 0  # that may still come
         self.bytes = 0  # that may still come
         self.batch = 0  # messages that were asked for
