@@ -104,6 +104,7 @@ async def test_a_slow_link_carries_what_is_published(server: Server, tmp_path: P
     assert len(publisher.found("published .*")) == len(publisher.lines) == count
 
 
+@pytest.mark.faults  # 40 MB, by way of two scripts
 async def test_many_large_dead_letters_do_not_end_the_connection(tmp_path: Path) -> None:
     async with serving(tmp_path, SMALL_BUFFER) as server:
         await server.create_streams()
