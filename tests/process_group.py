@@ -94,7 +94,7 @@ class ProcessGroup:
         done = Counter(order for script in self.all for order in begun(script))
         reprocessed = {order for script in self.all for order in script.found(r"reprocessing order (.*)")}
         wanted = set(published)
-        assert not wanted - set(done), f"lost: {wanted - set(done)}"
+        assert not wanted - set(done), "lost:\n" + self._story(wanted - set(done))
         self.exposed |= set(may_repeat)
         assert not set(done) - wanted - self.exposed, f"made up: {set(done) - wanted}"
         twice = {order for order, times in done.items() if times > 1}
