@@ -22,15 +22,15 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js.api import AckPolicy, ConsumerConfig
 
-from jobqueue.arguments import make_parser, number, stream_name, subject_filter, whole_number
-from jobqueue.connection import connect_script
-from jobqueue.durables import Durables
+from jobqueue.connection.connecting import connect_script
 from jobqueue.errors import describe_failure, printable
-from jobqueue.in_flight import ACK, LEAVE, NAK
-from jobqueue.script import shutdown_on_signal, start
-from jobqueue.streams import require_stream, warn_if_lost
-from jobqueue.time_limit import TimeLimit
-from jobqueue.worker import Worker
+from jobqueue.jetstream.durables import Durables
+from jobqueue.jetstream.streams import require_stream, warn_if_lost
+from jobqueue.script.arguments import make_parser, number, stream_name, subject_filter, whole_number
+from jobqueue.script.running import shutdown_on_signal, start
+from jobqueue.worker.in_flight import ACK, LEAVE, NAK
+from jobqueue.worker.time_limit import TimeLimit
+from jobqueue.worker.worker import Worker
 
 log = logging.getLogger("consumer")
 

@@ -19,15 +19,15 @@ from concurrent.futures import ThreadPoolExecutor
 from nats.aio.msg import Msg
 from nats.js.api import AckPolicy, ConsumerConfig
 
-from jobqueue.arguments import make_parser, number, stream_name, whole_number
-from jobqueue.connection import connect_script
+from jobqueue.connection.connecting import connect_script
 from jobqueue.dead_letters.advisories import require_streams
 from jobqueue.dead_letters.processing import Processing
 from jobqueue.dead_letters.searching import search
 from jobqueue.dead_letters.verifying import Verifier
-from jobqueue.script import shutdown_on_signal, start
-from jobqueue.time_limit import TimeLimit
-from jobqueue.worker import Worker
+from jobqueue.script.arguments import make_parser, number, stream_name, whole_number
+from jobqueue.script.running import shutdown_on_signal, start
+from jobqueue.worker.time_limit import TimeLimit
+from jobqueue.worker.worker import Worker
 
 log = logging.getLogger("dlq")
 

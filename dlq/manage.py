@@ -22,9 +22,8 @@ from datetime import datetime
 
 from nats.errors import Error
 
-from jobqueue.arguments import make_parser, stream_name, whole_number
-from jobqueue.client import Client
-from jobqueue.connection import connect_script
+from jobqueue.connection.client import Client
+from jobqueue.connection.connecting import connect_script
 from jobqueue.dead_letters.advisories import require_streams
 from jobqueue.dead_letters.counting import read_status
 from jobqueue.dead_letters.headers import find_header
@@ -32,7 +31,8 @@ from jobqueue.dead_letters.inventory import as_json, find_candidates, read_dead_
 from jobqueue.dead_letters.operating import Operation
 from jobqueue.dead_letters.verifying import DeadLetter, Verifier
 from jobqueue.errors import Failure, describe_error, printable
-from jobqueue.script import shutdown_on_signal, start
+from jobqueue.script.arguments import make_parser, stream_name, whole_number
+from jobqueue.script.running import shutdown_on_signal, start
 
 log = logging.getLogger("manage")
 

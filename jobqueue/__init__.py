@@ -16,10 +16,10 @@ Example:
     asyncio.run(main())
 """
 
-from jobqueue.client import Client
-from jobqueue.connection import connect
+from jobqueue.connection.client import Client
+from jobqueue.connection.connecting import connect
 from jobqueue.errors import Failure
-from jobqueue.message import Message, Outcome
-from jobqueue.publishing import publish, publish_many
+from jobqueue.publishing.message import Message, Outcome
+from jobqueue.publishing.publishing import publish, publish_many
 
 __all__ = ["Client", "Failure", "Message", "Outcome", "connect", "publish", "publish_many"]

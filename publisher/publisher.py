@@ -24,13 +24,13 @@ from contextlib import nullcontext, suppress
 from nats.aio.client import Client
 from nats.js.errors import NotFoundError
 
-from jobqueue.arguments import make_parser, number, subject, whole_number
-from jobqueue.connection import connect_script
+from jobqueue.connection.connecting import connect_script
 from jobqueue.errors import TRANSIENT_ERRORS, Failure
-from jobqueue.lines import opened, read_lines
-from jobqueue.message import Message, Outcome
-from jobqueue.publishing import publish, publish_many
-from jobqueue.script import shutdown_on_signal, start
+from jobqueue.publishing.message import Message, Outcome
+from jobqueue.publishing.publishing import publish, publish_many
+from jobqueue.script.arguments import make_parser, number, subject, whole_number
+from jobqueue.script.lines import opened, read_lines
+from jobqueue.script.running import shutdown_on_signal, start
 
 log = logging.getLogger("publisher")
 

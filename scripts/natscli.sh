@@ -42,7 +42,7 @@ share_user() {
 command -v nats >/dev/null ||
     fail "natscli (the command nats) is missing: run scripts/setup.sh, or see https://github.com/nats-io/natscli"
 
-# The same two variables as in jobqueue/environment.py; the others that natscli knows are for its other uses.
+# The same two variables as in jobqueue/connection/environment.py; the others that natscli knows are for its other uses.
 credentials=${NATS_CREDENTIALS_FILE_PATH:-}
 if [ -n "$credentials" ]; then
     url=${NATS_URL:-tls://connect.ngs.global}

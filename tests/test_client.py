@@ -1,10 +1,10 @@
-"""What jobqueue/client.py overrides in nats-py, and the test of the fault that each override is for."""
+"""What jobqueue/connection/client.py overrides in nats-py, and the test of the fault that each override is for."""
 
 from importlib.metadata import version
 
 from nats.aio.client import Client as NatsClient
 
-from jobqueue.client import Client, ProgramClient, ScriptClient
+from jobqueue.connection.client import Client, ProgramClient, ScriptClient
 from tests.harness import ROOT
 
 TESTS = {

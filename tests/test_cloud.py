@@ -14,7 +14,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js.api import AckPolicy, ConsumerConfig
 
-from jobqueue.streams import subjects_overlap
+from jobqueue.jetstream.streams import subjects_overlap
 from tests.cloud import Cloud
 from tests.harness import (
     ACKS_OF_VERSION_2,

@@ -19,9 +19,9 @@ import pytest
 import yaml
 from nats.aio.client import Client
 
-from jobqueue.connection import CLOSE_TIMEOUT
-from jobqueue.pulling import PULL_EXPIRES
-from jobqueue.worker import SHUTDOWN_CONFIRM_TIME
+from jobqueue.connection.connecting import CLOSE_TIMEOUT
+from jobqueue.worker.pulling import PULL_EXPIRES
+from jobqueue.worker.worker import SHUTDOWN_CONFIRM_TIME
 from tests.harness import (
     BIN,
     CONSUMER,

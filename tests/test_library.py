@@ -17,7 +17,7 @@ from nats.errors import Error
 
 import jobqueue
 from jobqueue import Message, Outcome, connect, publish, publish_many
-from jobqueue.client import Client
+from jobqueue.connection.client import Client
 from tests.harness import Server, messages, serving, until
 
 PERMISSIONS = """authorization { users: [

@@ -14,7 +14,7 @@ import pytest
 from nats.aio.client import Client
 
 from jobqueue.dead_letters.advisories import publish_advisory
-from jobqueue.durables import Durables
+from jobqueue.jetstream.durables import Durables
 from tests.harness import (
     ADVISORIES,
     CONSUMER,

@@ -14,7 +14,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from jobqueue.dead_letters.pending import Pending, delayed_nak
-from jobqueue.durables import Durables
+from jobqueue.jetstream.durables import Durables
 from tests.harness import (
     ACKS_OF_VERSION_2,
     ADVISORIES,

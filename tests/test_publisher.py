@@ -12,9 +12,9 @@ import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from jobqueue.connection import connect
-from jobqueue.message import Message, Outcome
-from jobqueue.publishing import publish, publish_many
+from jobqueue.connection.connecting import connect
+from jobqueue.publishing.message import Message, Outcome
+from jobqueue.publishing.publishing import publish, publish_many
 from tests.harness import PATIENCE, PUBLISHER, Script, Server, messages, request, serving
 from tests.proxy import proxied
 
@@ -221,7 +221,7 @@ async def test_a_duplicate_is_told_apart(
         assert again is Outcome.DUPLICATE and not again
         outcomes = await publish_many(client, "orders.new", made(0, 1, 2))
     assert outcomes == {Outcome.STORED: 2, Outcome.DUPLICATE: 1}
-    lines = [record.getMessage() for record in caplog.records if record.name == "jobqueue.publishing"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "jobqueue.publishing.publishing"]
     assert lines == [
         "published order no. 0",
         "order no. 0 was already stored",

@@ -23,19 +23,20 @@ from nats import errors as nats_errors
 from nats.aio.msg import Msg
 from nats.js.errors import APIError, ServiceUnavailableError
 
-from jobqueue import arguments, lines, stored, streams
-from jobqueue.client import Client
-from jobqueue.dead_letters import headers, inventory, reading
+from jobqueue.connection.client import Client
+from jobqueue.connection.environment import LOCAL, SYNADIA_CLOUD, read_environment
+from jobqueue.dead_letters import headers, inventory
 from jobqueue.dead_letters.advisories import Hint, parse_advisory
 from jobqueue.dead_letters.processing import Processing
 from jobqueue.dead_letters.verifying import DeadLetter, Verifier
-from jobqueue.durables import Durable
-from jobqueue.environment import LOCAL, SYNADIA_CLOUD, read_environment
 from jobqueue.errors import MAX_TRACEBACK, Failure, describe_error, describe_failure, printable
-from jobqueue.message import Message, Outcome
-from jobqueue.pulling import Prefetch, describe_status
-from jobqueue.tasks import AT_A_TIME, run_all, run_for_each
-from jobqueue.time_limit import TimeLimit
+from jobqueue.jetstream import reading, stored, streams
+from jobqueue.jetstream.durables import Durable
+from jobqueue.jetstream.tasks import AT_A_TIME, run_all, run_for_each
+from jobqueue.publishing.message import Message, Outcome
+from jobqueue.script import arguments, lines
+from jobqueue.worker.pulling import Prefetch, describe_status
+from jobqueue.worker.time_limit import TimeLimit
 
 table = pytest.mark.parametrize
 random_inputs = settings(

@@ -12,7 +12,7 @@ import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from jobqueue.connection import connect
+from jobqueue.connection.connecting import connect
 from tests.harness import (
     ADVISORIES,
     CONSUMER,

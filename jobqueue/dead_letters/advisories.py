@@ -11,11 +11,11 @@ from typing import NamedTuple, TypeGuard
 from nats.aio.client import Client
 from nats.js.api import PubAck
 
-from jobqueue.arguments import is_name
-from jobqueue.dead_letters.reading import StoredMessage, get_message, read_messages
-from jobqueue.durables import Durable
-from jobqueue.stored import parse_time
-from jobqueue.streams import ADVISORY, REQUEST_TIMEOUT, api_request, require_connection, require_stream
+from jobqueue.jetstream.durables import Durable
+from jobqueue.jetstream.reading import StoredMessage, get_message, read_messages
+from jobqueue.jetstream.stored import parse_time
+from jobqueue.jetstream.streams import ADVISORY, REQUEST_TIMEOUT, api_request, require_connection, require_stream
+from jobqueue.script.arguments import is_name
 
 ADVISORY_TYPE = "io.nats.jetstream.advisory.v1.max_deliver"
 

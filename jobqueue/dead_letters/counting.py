@@ -5,8 +5,8 @@ from typing import Any
 from nats.aio.client import Client
 from nats.errors import Error
 
-from jobqueue.durables import Durable, Durables
-from jobqueue.streams import api_request
+from jobqueue.jetstream.durables import Durable, Durables
+from jobqueue.jetstream.streams import api_request
 
 
 async def count_dead(nc: Client, stream: str, durables: list[Durable]) -> list[int]:

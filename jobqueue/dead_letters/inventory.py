@@ -11,12 +11,12 @@ from nats.errors import Error
 from jobqueue.dead_letters.advisories import Hint, read_hints
 from jobqueue.dead_letters.counting import count_dead
 from jobqueue.dead_letters.headers import find_header, read_headers
-from jobqueue.dead_letters.reading import window_size
 from jobqueue.dead_letters.searching import find_unnamed
 from jobqueue.dead_letters.verifying import CONFIRM_DELAY, DeadLetter, Verifier
-from jobqueue.durables import Durable
-from jobqueue.stored import format_time
-from jobqueue.tasks import run_all
+from jobqueue.jetstream.durables import Durable
+from jobqueue.jetstream.reading import window_size
+from jobqueue.jetstream.stored import format_time
+from jobqueue.jetstream.tasks import run_all
 
 COUNTS = 3  # of the dead letters; under traffic one alone may be wrong
 COUNT_INTERVAL = 0.1  # seconds

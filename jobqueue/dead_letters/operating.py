@@ -15,20 +15,20 @@ from nats.aio.msg import Msg
 from nats.errors import Error
 from nats.js.api import AckPolicy, ConsumerConfig
 
-from jobqueue.client import Client
+from jobqueue.connection.client import Client
 from jobqueue.dead_letters.advisories import Hint, publish_advisory, read_hints
 from jobqueue.dead_letters.inventory import find_candidates
 from jobqueue.dead_letters.pending import delayed_nak
-from jobqueue.dead_letters.reading import get_message
 from jobqueue.dead_letters.removing import redrive, remove
 from jobqueue.dead_letters.verifying import GONE, DeadLetter, Verifier
-from jobqueue.durables import Durable, Durables, ensure_durable, shortest_ack_wait
 from jobqueue.errors import describe_error, printable
-from jobqueue.in_flight import ACK
-from jobqueue.streams import REQUEST_TIMEOUT, ack_subject, parse_ack_subject, require_connection
-from jobqueue.tasks import run_for_each
-from jobqueue.time_limit import TimeLimit
-from jobqueue.worker import Worker
+from jobqueue.jetstream.durables import Durable, Durables, ensure_durable, shortest_ack_wait
+from jobqueue.jetstream.reading import get_message
+from jobqueue.jetstream.streams import REQUEST_TIMEOUT, ack_subject, parse_ack_subject, require_connection
+from jobqueue.jetstream.tasks import run_for_each
+from jobqueue.worker.in_flight import ACK
+from jobqueue.worker.time_limit import TimeLimit
+from jobqueue.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 

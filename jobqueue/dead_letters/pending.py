@@ -10,7 +10,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
-from jobqueue.streams import REQUEST_TIMEOUT, ack_subject, require_connection
+from jobqueue.jetstream.streams import REQUEST_TIMEOUT, ack_subject, require_connection
 
 NAKED = "$JS.EVENT.ADVISORY.CONSUMER.MSG_NAKED"  # .<stream>.<consumer>
 

@@ -12,16 +12,16 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js.errors import NotFoundError
 
+from jobqueue.connection.retrying import retry
 from jobqueue.dead_letters.advisories import Hint, parse_advisory
 from jobqueue.dead_letters.pending import delayed_nak
 from jobqueue.dead_letters.removing import remove
 from jobqueue.dead_letters.verifying import ASKED_RECENTLY, CONFIRM_DELAY, UNCONFIRMED, DeadLetter, Verifier
 from jobqueue.errors import TRANSIENT_ERRORS, describe_failure, printable
-from jobqueue.in_flight import ACK, LEAVE, TERM
-from jobqueue.pulling import MAX_BYTES
-from jobqueue.retrying import retry
-from jobqueue.streams import ack_subject, probe_ack
-from jobqueue.time_limit import TimeLimit
+from jobqueue.jetstream.streams import ack_subject, probe_ack
+from jobqueue.worker.in_flight import ACK, LEAVE, TERM
+from jobqueue.worker.pulling import MAX_BYTES
+from jobqueue.worker.time_limit import TimeLimit
 
 log = logging.getLogger(__name__)
 

@@ -8,13 +8,13 @@ from nats.aio.client import Client
 from nats.errors import ConnectionReconnectingError, Error, MaxPayloadError, NoRespondersError
 from nats.js.errors import APIError
 
+from jobqueue.connection.retrying import retry
 from jobqueue.dead_letters.headers import find_header, without_instructions
-from jobqueue.dead_letters.reading import get_message
 from jobqueue.dead_letters.verifying import GONE, DeadLetter
 from jobqueue.errors import describe_error
-from jobqueue.in_flight import ACK
-from jobqueue.retrying import retry
-from jobqueue.streams import REQUEST_TIMEOUT, ack_subject, require_connection
+from jobqueue.jetstream.reading import get_message
+from jobqueue.jetstream.streams import REQUEST_TIMEOUT, ack_subject, require_connection
+from jobqueue.worker.in_flight import ACK
 
 REDRIVE_TIMEOUT = 20.0  # seconds; well within the duplicate window
 

@@ -8,11 +8,11 @@ from nats.aio.client import Client
 
 from jobqueue.dead_letters.advisories import Hint, publish_advisory, read_hints
 from jobqueue.dead_letters.counting import count_dead
-from jobqueue.dead_letters.reading import read_messages
 from jobqueue.dead_letters.verifying import CONFIRM_DELAY, UNCONFIRMED, Verifier
-from jobqueue.durables import Durable
 from jobqueue.errors import describe_error
-from jobqueue.tasks import run_for_each
+from jobqueue.jetstream.durables import Durable
+from jobqueue.jetstream.reading import read_messages
+from jobqueue.jetstream.tasks import run_for_each
 
 log = logging.getLogger(__name__)
 

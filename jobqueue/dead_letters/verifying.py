@@ -8,9 +8,9 @@ from nats.aio.msg import Msg
 
 from jobqueue.dead_letters.advisories import Hint
 from jobqueue.dead_letters.pending import Pending, delayed_nak
-from jobqueue.dead_letters.reading import StoredMessage, get_message
-from jobqueue.durables import Durable, Durables
-from jobqueue.streams import ack_subject
+from jobqueue.jetstream.durables import Durable, Durables
+from jobqueue.jetstream.reading import StoredMessage, get_message
+from jobqueue.jetstream.streams import ack_subject
 
 CONFIRM_DELAY = 2.5  # seconds; on replicas, it may take so long until what was acked has left the stream
 MAX_TIMER_LATENESS = 1.0  # seconds, of the server

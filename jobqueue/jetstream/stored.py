@@ -8,8 +8,8 @@ from nats.aio.client import Client
 from nats.errors import NoRespondersError
 from nats.js.errors import NotFoundError
 
-from jobqueue.link import transfer_time
-from jobqueue.streams import API_TIMEOUT, api_request
+from jobqueue.jetstream.link import transfer_time
+from jobqueue.jetstream.streams import API_TIMEOUT, api_request
 
 NO_MESSAGE_FOUND = 10037  # JetStream's error code
 TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)")

@@ -11,7 +11,7 @@ from nats.js.api import ConsumerConfig
 from nats.js.errors import APIError, NotFoundError
 
 from jobqueue.errors import Failure, describe_error, printable
-from jobqueue.streams import api_request, subjects_overlap
+from jobqueue.jetstream.streams import api_request, subjects_overlap
 
 log = logging.getLogger(__name__)
 

@@ -9,15 +9,15 @@ from typing import Any
 from nats.errors import Error
 from nats.js.api import ConsumerConfig
 
-from jobqueue.client import Client
-from jobqueue.durables import ensure_durable, has_replicas
+from jobqueue.connection.client import Client
+from jobqueue.connection.retrying import MIN_RETRY_DELAY
 from jobqueue.errors import describe_error
-from jobqueue.in_flight import CHECK_VALID_FOR, Entry, Registry
-from jobqueue.pulling import PullRequests
-from jobqueue.retrying import MIN_RETRY_DELAY
-from jobqueue.stored import find_stored_at
-from jobqueue.streams import api_request
-from jobqueue.tasks import run_all, run_for_each
+from jobqueue.jetstream.durables import ensure_durable, has_replicas
+from jobqueue.jetstream.stored import find_stored_at
+from jobqueue.jetstream.streams import api_request
+from jobqueue.jetstream.tasks import run_all, run_for_each
+from jobqueue.worker.in_flight import CHECK_VALID_FOR, Entry, Registry
+from jobqueue.worker.pulling import PullRequests
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jobqueue.errors import Failure, describe_error, printable
-from jobqueue.logs import set_up_logging
+from jobqueue.script.logs import set_up_logging
 
 try:
     from uvloop import new_event_loop

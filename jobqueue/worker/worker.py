@@ -11,15 +11,15 @@ from nats.aio.msg import Msg
 from nats.errors import Error
 from nats.js.api import ConsumerConfig
 
-from jobqueue.client import Client
-from jobqueue.durables import ensure_durable, has_replicas, shortest_ack_wait
+from jobqueue.connection.client import Client
+from jobqueue.connection.retrying import retry_at_start
 from jobqueue.errors import Failure, describe_error
-from jobqueue.in_flight import LEAVE, Entry, Registry
-from jobqueue.pulling import Prefetch, PullRequests
-from jobqueue.recovery import Recovery
-from jobqueue.retrying import retry_at_start
-from jobqueue.streams import ack_subject, api_request, probe_ack
-from jobqueue.time_limit import TimeLimit
+from jobqueue.jetstream.durables import ensure_durable, has_replicas, shortest_ack_wait
+from jobqueue.jetstream.streams import ack_subject, api_request, probe_ack
+from jobqueue.worker.in_flight import LEAVE, Entry, Registry
+from jobqueue.worker.pulling import Prefetch, PullRequests
+from jobqueue.worker.recovery import Recovery
+from jobqueue.worker.time_limit import TimeLimit
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from nats.aio.msg import Msg
 
-from jobqueue.client import Client
+from jobqueue.connection.client import Client
 from jobqueue.errors import printable
-from jobqueue.link import LinkWindow
+from jobqueue.jetstream.link import LinkWindow
 
 PULL_EXPIRES = 2.0  # seconds; a graceful shutdown waits for it, since a dropped delivery costs the message an attempt
 MAX_PULL_LATENESS = 2.0  # seconds after that until its answer counts as lost

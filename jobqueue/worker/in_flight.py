@@ -9,7 +9,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error
 
-from jobqueue.streams import parse_ack_subject
+from jobqueue.jetstream.streams import parse_ack_subject
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from nats.aio.msg import Msg
 from nats.errors import ConnectionReconnectingError, Error
 from nats.js.errors import APIError, NotFoundError
 
+from jobqueue.connection.retrying import retry_at_start
 from jobqueue.errors import Failure, describe_error, printable
-from jobqueue.retrying import retry_at_start
 
 log = logging.getLogger(__name__)
 

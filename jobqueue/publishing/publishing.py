@@ -10,11 +10,11 @@ from contextlib import suppress
 from nats.aio.msg import Msg
 from nats.errors import ConnectionClosedError, ConnectionReconnectingError, Error, MaxPayloadError
 
-from jobqueue.client import Client
+from jobqueue.connection.client import Client
+from jobqueue.connection.retrying import MAX_RETRY_DELAY, retry
 from jobqueue.errors import describe_error
-from jobqueue.link import MIN_RATE, LinkWindow, transfer_time
-from jobqueue.message import Message, Outcome
-from jobqueue.retrying import MAX_RETRY_DELAY, retry
+from jobqueue.jetstream.link import MIN_RATE, LinkWindow, transfer_time
+from jobqueue.publishing.message import Message, Outcome
 
 log = logging.getLogger(__name__)
 

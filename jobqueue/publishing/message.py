@@ -3,7 +3,7 @@
 from enum import Enum
 from typing import NamedTuple
 
-from jobqueue.client import Client
+from jobqueue.connection.client import Client
 from jobqueue.errors import printable
 
 HEADER_SIZE = len("NATS/1.0\r\nNats-Msg-Id: \r\n\r\n")

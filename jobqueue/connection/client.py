@@ -13,7 +13,7 @@ from nats.errors import Error, SecureConnWantedError
 from nats.protocol.command import hpub_cmd
 from nats.protocol.parser import AWAITING_MSG_PAYLOAD, PERMISSIONS_ERR
 
-from jobqueue.environment import Credentials
+from jobqueue.connection.environment import Credentials
 from jobqueue.errors import Failure
 
 LARGE_MESSAGE = 32 * 1024  # bytes

@@ -12,10 +12,10 @@ from nats.errors import Error
 from nats.js.errors import ServiceUnavailableError
 from nats.protocol.parser import PERMISSIONS_ERR
 
-from jobqueue.client import Client, ProgramClient, ScriptClient
-from jobqueue.environment import read_environment
+from jobqueue.connection.client import Client, ProgramClient, ScriptClient
+from jobqueue.connection.environment import read_environment
+from jobqueue.connection.retrying import retry_at_start
 from jobqueue.errors import NO_JETSTREAM_CODES, Failure, describe_error
-from jobqueue.retrying import retry_at_start
 
 log = logging.getLogger(__name__)
 

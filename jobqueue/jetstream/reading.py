@@ -10,9 +10,9 @@ from weakref import WeakKeyDictionary
 from nats.aio.client import Client
 from nats.js.errors import NotFoundError
 
-from jobqueue.stored import NO_MESSAGE_FOUND, parse_time
-from jobqueue.streams import API_TIMEOUT, api_request
-from jobqueue.tasks import run_all
+from jobqueue.jetstream.stored import NO_MESSAGE_FOUND, parse_time
+from jobqueue.jetstream.streams import API_TIMEOUT, api_request
+from jobqueue.jetstream.tasks import run_all
 
 READ_TIMEOUTS = (API_TIMEOUT, 5.0, 30.0)  # seconds of the attempts; the last one has time for 4 MB at 1 Mbit/s
 MAX_READS = 64  # at a time, so that a round trip of 100 ms costs a minute for 40,000 messages

@@ -1,0 +1,1 @@
+"""A connection to NATS: nats-py with its faults worked around."""

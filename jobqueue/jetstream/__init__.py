@@ -1,0 +1,1 @@
+"""What the server is asked about streams, durables and messages."""

@@ -1,0 +1,1 @@
+"""A process's share of the work on a durable."""
