@@ -7,34 +7,20 @@ Usage:
 import os
 import signal
 
-for signum in (signal.SIGINT, signal.SIGTERM):  # Until `start`. As process 1, Linux ignores what has no handler.
+for signum in (signal.SIGINT, signal.SIGTERM):  # Until `run`. As process 1, Linux ignores what has no handler.
     signal.signal(signum, lambda signum, _: os._exit(128 + signum))
 
 import argparse
-import asyncio
 import logging
-import sys
-from concurrent.futures import ThreadPoolExecutor
 
 from nats.aio.msg import Msg
-from nats.js.api import AckPolicy, ConsumerConfig
 
-from jobqueue.connection.connecting import connect_script
-from jobqueue.dead_letters.advisories import require_streams
-from jobqueue.dead_letters.processing import Processing
-from jobqueue.dead_letters.searching import search
-from jobqueue.dead_letters.verifying import Verifier
-from jobqueue.script.arguments import make_parser, number, stream_name, whole_number
-from jobqueue.script.running import shutdown_on_signal, start
-from jobqueue.worker.time_limit import TimeLimit
-from jobqueue.worker.worker import Worker
+from jobqueue import consume_dead_letters, make_parser, number, run, stream_name, whole_number
 
-log = logging.getLogger("dlq")
+log = logging.getLogger(__name__)
 
 DURABLE = "unprocessed_order_handler"
-BACKOFF = [5.0]  # seconds until an advisory that was not acked, since its DLQ processor was killed, is redelivered
-MAX_DELIVER = -1  # no limit: an order whose reprocessing fails is tried again until it succeeds
-MAX_ACK_PENDING = 100_000  # advisories in flight or waiting for a retry; while there are more, no new ones come
+BACKOFF = [5.0]  # seconds until an advisory is redelivered whose DLQ processor was killed
 
 options = argparse.Namespace()
 
@@ -62,45 +48,20 @@ async def reprocess(order: Msg) -> None:
     """
 
 
-async def run() -> int:
+async def main() -> None:
     """Process dead letters until the shutdown."""
-    config = ConsumerConfig(
-        name=DURABLE,
-        durable_name=DURABLE,
+    await consume_dead_letters(
+        options.dlq_stream,
+        options.original_stream,
+        reprocess,
+        durable=DURABLE,
         description="handle unprocessed jobs",
         backoff=BACKOFF,
-        max_deliver=MAX_DELIVER,
-        max_ack_pending=MAX_ACK_PENDING,
-        ack_policy=AckPolicy.EXPLICIT,
+        concurrency=options.concurrency,
+        time_limit=options.time_limit,
     )
-    # As many threads as orders for work in asyncio.to_thread(), and a few for threads that hang and for name look-ups.
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(options.concurrency + 4))
-    dlq_stream, stream = options.dlq_stream, options.original_stream
-    time_limit, shutdown = TimeLimit(options.time_limit), asyncio.Event()
-    async with connect_script(f"dlq_{stream}") as nc:
-        await require_streams(nc, dlq_stream, stream)
-        verifier = Verifier(nc, stream)
-        await verifier.pending.start(stream, dlq_stream)
-        processing = Processing(nc, verifier, reprocess, time_limit, shutdown)
-        worker = Worker(nc, dlq_stream, config, processing.handle, options.concurrency, time_limit)
-        with shutdown_on_signal(shutdown, lambda: f"{worker.in_flight} dead letters in flight"):
-            searching = asyncio.create_task(search(nc, dlq_stream, verifier))
-            try:
-                await worker.run(shutdown)
-            finally:
-                searching.cancel()
-    log.info(
-        "stopped: %d dead letters done, %d attempts failed, %d advisories deleted",
-        *(processing.tally[outcome] for outcome in ("done", "failed", "deleted")),
-    )
-    return 1 if worker.in_flight else 0
-
-
-def main() -> None:
-    """Run the DLQ processor."""
-    parse_args()
-    sys.exit(start(run(), log))
 
 
 if __name__ == "__main__":
-    main()
+    parse_args()
+    run(main())

@@ -1,25 +1,55 @@
-"""Publish to a job queue from a program of your own.
+"""A job queue with a dead letter queue on NATS JetStream.
 
-The names in `__all__` are public. Everything else is internal and may change in any version.
+The names in `__all__` are public, and stable by semantic versions. Everything else is internal and may change in any
+version.
 
 Example:
-    import asyncio
-
-    from jobqueue import Message, connect, publish
+    from jobqueue import Retry, consume, run
 
 
-    async def main() -> None:
-        async with connect("shop") as nc:
-            await publish(nc, "orders.new", Message(b"order-1", id="order-1"))
+    async def process(order):
+        if not order.data:
+            raise Retry("it is empty")
+        print(order.data)
 
 
-    asyncio.run(main())
+    run(consume("orders_stream", "orders.*", process, backoff=[2, 10], max_deliver=3, concurrency=16))
 """
 
 from jobqueue.connection.client import Client
 from jobqueue.connection.connecting import connect
-from jobqueue.errors import Failure
+from jobqueue.dead_letters.consuming import consume_dead_letters
+from jobqueue.errors import Dead, Failure, Retry, printable
+from jobqueue.jetstream.streams import require_stream_for
 from jobqueue.publishing.message import Message, Outcome
 from jobqueue.publishing.publishing import publish, publish_many
+from jobqueue.script.arguments import make_parser, number, stream_name, subject, subject_filter, whole_number
+from jobqueue.script.lines import read_lines
+from jobqueue.script.running import run
+from jobqueue.worker.consuming import consume
+from jobqueue.worker.shutdown import shutdown_on_signal
 
-__all__ = ["Client", "Failure", "Message", "Outcome", "connect", "publish", "publish_many"]
+__all__ = [
+    "Client",
+    "Dead",
+    "Failure",
+    "Message",
+    "Outcome",
+    "Retry",
+    "connect",
+    "consume",
+    "consume_dead_letters",
+    "make_parser",
+    "number",
+    "printable",
+    "publish",
+    "publish_many",
+    "read_lines",
+    "require_stream_for",
+    "run",
+    "shutdown_on_signal",
+    "stream_name",
+    "subject",
+    "subject_filter",
+    "whole_number",
+]

@@ -4,7 +4,9 @@ import os
 import re
 import socket
 import ssl
-import traceback
+import sysconfig
+from pathlib import Path
+from traceback import TracebackException
 
 from nats.errors import ConnectionReconnectingError, Error, NoRespondersError, OutboundBufferLimitError
 from nats.js.errors import APIError, NoStreamResponseError, ServerError, ServiceUnavailableError
@@ -19,6 +21,9 @@ PERMANENT_CODES = (10077, 10012)
 NO_JETSTREAM_CODES = (10035, 10039, 10076)
 MAX_PRINTED = 200  # characters of a payload in a log line
 MAX_TRACEBACK = 100  # lines
+# Folders of installed libraries and of Python itself.
+LIBRARIES = (sysconfig.get_path("stdlib"), "site-packages", "dist-packages", str(Path(__file__).parent))
+MAX_RETRY_AFTER = 30 * 86400.0  # seconds
 UNKNOWN_AUTHORITY = (18, 19, 20, 21)  # https://docs.openssl.org/3.0/man3/X509_STORE_CTX_get_error/
 
 
@@ -31,6 +36,46 @@ class Failure(Exception):  # noqa: N818  users read its text, not its name
         except Failure as failure:
             sys.exit(str(failure))  # one line on standard error, and exit status 1
     """
+
+
+class Retry(Exception):  # noqa: N818
+    """Raised by a user's work: the message failed as it may. It is tried again, and the log shows no traceback.
+
+    It counts as an attempt: after the last one the message is a dead letter.
+
+    Args:
+        reason: for the log and for `list`.
+        delay: seconds until the next attempt; by default the back-off.
+
+    Example:
+        async def process(order):
+            if is_busy():
+                raise Retry("busy", delay=random.uniform(20, 40))  # jitter: not all of them at the same time
+    """
+
+    def __init__(self, reason: str = "", delay: float | None = None) -> None:
+        super().__init__(reason)
+        if delay is not None and not 0 <= delay <= MAX_RETRY_AFTER:
+            raise ValueError(f"a delay is 0 to {MAX_RETRY_AFTER:g} seconds, not {delay!r}")
+        self.delay = delay
+
+
+class Dead(Exception):  # noqa: N818
+    """Raised by a user's work: no further attempt makes sense. The message is a dead letter at once.
+
+    Raised by `reprocess`, it discards the dead letter; the log shows all that was known of it.
+
+    Args:
+        reason: for the log and for `list`.
+
+    Example:
+        async def process(order):
+            if not order.data:
+                raise Dead("it is empty")
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
 
 
 def printable(data: bytes | str, length: int = MAX_PRINTED) -> str:
@@ -69,26 +114,39 @@ def describe_error(error: BaseException) -> str:
             message += " (SSL_CERT_FILE may name its authority)"
     elif isinstance(error, socket.gaierror):
         message = str(error.strerror)
-    elif not (isinstance(error, Error) and message):
+    elif not (isinstance(error, Error | Failure | Retry | Dead) and message):
         message = f"{type(error).__name__}: {message}".removesuffix(": ")
     return printable(message)
 
 
-def describe_failure(error: BaseException, attempt: int, max_deliver: int, sequence: int) -> str:
-    """Return what a user's own exception says, and its traceback, each line of which is printable and indented.
+def describe_attempt(error: BaseException, attempt: int, max_deliver: int, sequence: int) -> str:
+    """Return what follows "error processing order-1" in the log: why, and the traceback of a user's own exception.
 
     Args:
         error: the exception, as `TimeLimit.run` returns it.
         attempt: the number of the attempt, from 1.
-        max_deliver: how many attempts there are before the message is a dead letter.
+        max_deliver: how many attempts there are before the message is a dead letter; 0 if that never happens.
         sequence: the message's stream sequence.
     """
+    if isinstance(error, Retry) and not str(error):
+        return ""
     limit = f" of {max_deliver}" if attempt <= max_deliver else ""
-    lines = [f"{describe_error(error)} (attempt {attempt}{limit}, stream sequence # {sequence})"]
-    if error.__traceback__:  # its first entry is TimeLimit.run
-        own = traceback.format_exception(type(error), error, error.__traceback__.tb_next)
-        shown = "".join(own).splitlines()
-        if len(shown) > MAX_TRACEBACK:
-            shown[MAX_TRACEBACK // 2 : -MAX_TRACEBACK // 2] = ["..."]
-        lines += [f"  {printable(line)}" for line in shown]
+    lines = [f": {describe_error(error)} (attempt {attempt}{limit}, stream sequence # {sequence})"]
+    if not isinstance(error, Retry | Dead):
+        lines += [f"  {printable(line)}" for line in _format_traceback(error)]
     return "\n".join(lines)
+
+
+def _format_traceback(error: BaseException) -> list[str]:
+    """Return the lines of a traceback, without those of installed libraries: a time-out of httpx has 60 of them."""
+    first = TracebackException.from_exception(error, compact=True)
+    shown: TracebackException | None = first
+    while shown:
+        own = [frame for frame in shown.stack if not any(folder in frame.filename for folder in LIBRARIES)]
+        if own or shown is not first:  # else the user's own code is installed, too
+            shown.stack[:] = own
+        shown = shown.__cause__ or shown.__context__
+    lines = "".join(first.format()).splitlines()
+    if len(lines) > MAX_TRACEBACK:
+        lines[MAX_TRACEBACK // 2 : -MAX_TRACEBACK // 2] = ["..."]
+    return lines

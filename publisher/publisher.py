@@ -8,31 +8,33 @@ Usage:
 import os
 import signal
 
-for signum in (signal.SIGINT, signal.SIGTERM):  # Until `start`. As process 1, Linux ignores what has no handler.
+for signum in (signal.SIGINT, signal.SIGTERM):  # Until `run`. As process 1, Linux ignores what has no handler.
     signal.signal(signum, lambda signum, _: os._exit(128 + signum))
 
 import argparse
 import asyncio
-import logging
-import shlex
-import sys
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 
-from nats.aio.client import Client
-from nats.js.errors import NotFoundError
-
-from jobqueue.connection.connecting import connect_script
-from jobqueue.errors import TRANSIENT_ERRORS, Failure
-from jobqueue.publishing.message import Message, Outcome
-from jobqueue.publishing.publishing import publish, publish_many
-from jobqueue.script.arguments import make_parser, number, subject, whole_number
-from jobqueue.script.lines import opened, read_lines
-from jobqueue.script.running import shutdown_on_signal, start
-
-log = logging.getLogger("publisher")
+from jobqueue import (
+    Client,
+    Failure,
+    Message,
+    Outcome,
+    connect,
+    make_parser,
+    number,
+    publish,
+    publish_many,
+    read_lines,
+    require_stream_for,
+    run,
+    shutdown_on_signal,
+    subject,
+    whole_number,
+)
 
 options = argparse.Namespace()
 
@@ -70,45 +72,33 @@ async def make_messages(payloads: AsyncIterator[bytes]) -> AsyncIterator[Message
         count += 1
 
 
-async def check_streams(nc: Client) -> None:
-    """Check that a stream takes the subject, which a publish alone cannot tell from a stream without a leader."""
-    with suppress(*TRANSIENT_ERRORS):
-        try:
-            await nc.jetstream().find_stream_name_by_subject(options.subject)
-        except NotFoundError:
-            create = shlex.join(["scripts/create_orders_stream.sh", "STREAM", options.subject])
-            raise Failure(f"no stream takes the subject {options.subject}: create one with {create}") from None
-
-
-async def run() -> int:
-    """Publish the orders and return the exit status: 1 if any of them is not stored."""
+async def publish_all(nc: Client, shutdown: asyncio.Event) -> Counter[Outcome]:
+    """Publish the orders, and return how many had each outcome."""
+    if options.input is None:
+        messages = make_messages(numbered_orders(shutdown))
+    else:
+        messages = make_messages(read_lines(options.input, nc.max_payload, shutdown))
+    if options.interval == 0:
+        return await publish_many(nc, options.subject, messages)
     outcomes: Counter[Outcome] = Counter()
-    with opened(options.input) if options.input is not None else nullcontext(-1) as file:
-        async with connect_script(f"publisher_{options.subject}") as nc:
-            await check_streams(nc)
-            shutdown = asyncio.Event()
-            with shutdown_on_signal(shutdown, lambda: "the orders in flight"):
-                payloads = numbered_orders(shutdown) if file < 0 else read_lines(file, nc.max_payload, shutdown)
-                messages = make_messages(payloads)
-                if options.interval == 0:
-                    outcomes = await publish_many(nc, options.subject, messages)
-                else:
-                    async for message in messages:
-                        outcomes[await publish(nc, options.subject, message)] += 1
-                        with suppress(TimeoutError):
-                            await asyncio.wait_for(shutdown.wait(), options.interval)
+    async for message in messages:
+        outcomes[await publish(nc, options.subject, message)] += 1
+        with suppress(TimeoutError):
+            await asyncio.wait_for(shutdown.wait(), options.interval)
+    return outcomes
+
+
+async def main() -> None:
+    """Publish the orders; fail if any of them is not stored."""
+    async with connect(f"publisher_{options.subject}") as nc:
+        await require_stream_for(nc, options.subject)
+        with shutdown_on_signal(lambda: "the orders in flight") as shutdown:
+            outcomes = await publish_all(nc, shutdown)
     wanted = options.count if options.input is None else outcomes.total()
-    missing = wanted - outcomes[Outcome.STORED] - outcomes[Outcome.DUPLICATE]
-    if missing:
-        log.error("%d of %d orders are not published", missing, wanted)
-    return 1 if missing else 0
-
-
-def main() -> None:
-    """Run the publisher."""
-    parse_args()
-    sys.exit(start(run(), log))
+    if missing := wanted - outcomes[Outcome.STORED] - outcomes[Outcome.DUPLICATE]:
+        raise Failure(f"{missing} of {wanted} orders are not published")
 
 
 if __name__ == "__main__":
-    main()
+    parse_args()
+    run(main())

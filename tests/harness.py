@@ -7,6 +7,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -14,7 +15,7 @@ from asyncio.subprocess import PIPE, STDOUT, Process
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import nats
 from nats.aio.client import Client
@@ -34,6 +35,7 @@ ACKS_OF_VERSION_2 = "feature_flags { js_ack_fc_v2: true }"
 ADVISORIES = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.orders_stream"
 CONSUMER = ("consumer/consumer.py", "orders_stream", "orders.*")
 DLQ = ("dlq/consumer.py", "orders_unprocessed", "orders_stream")
+MANAGE = ("dlq/manage.py", *DLQ[1:])
 PUBLISHER = ("publisher/publisher.py", "orders.new")
 
 
@@ -132,6 +134,42 @@ async def started(
         if process.returncode is None:
             process.kill()
         await process.wait()
+
+
+@asynccontextmanager
+async def unread(server: "Server", *command: str, stderr: int = PIPE) -> AsyncIterator[tuple[Process, BinaryIO]]:
+    """Run a Python script whose output nobody reads, until the test does; the process doesn't outlive it."""
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb", 0) as pipe:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, *command), cwd=ROOT, env=environment(NATS_URL=server.url), stdout=writing, stderr=stderr
+        )
+        os.close(writing)
+        try:
+            yield process, pipe
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+
+
+@asynccontextmanager
+async def silent_server() -> AsyncIterator[str]:
+    """Listen and say nothing; the block gets the URL."""
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(say_nothing, "127.0.0.1")
+    async with server:
+        yield f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+def advisory(stream_seq: object = 1, **fields: object) -> bytes:
+    """Return the part of a server's advisory that is read, of a dead letter in orders_stream."""
+    good = {"stream": "orders_stream", "consumer": "processor", "stream_seq": stream_seq, "deliveries": 2}
+    return json.dumps(good | fields).encode()
 
 
 class Server:
@@ -276,7 +314,14 @@ def _names(node: ast.stmt) -> list[str]:
 def with_body(script: str, function: str, body: str, directory: Path) -> str:
     """Return a copy of a script in which a function has another body."""
     (directory / function).mkdir(exist_ok=True)
-    return edited(script, f"async def {function}(order: Msg) -> None:\n    {body}", directory / function)
+    return edited(
+        script, f"import asyncio\n\n\nasync def {function}(order: Msg) -> None:\n    {body}", directory / function
+    )
+
+
+def waiting(go: Path) -> str:
+    """Return the code that waits until there is a file."""
+    return f"while not __import__('pathlib').Path({str(go)!r}).exists():\n        await asyncio.sleep(0.05)"
 
 
 async def request(nc: Client, subject: str, payload: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -313,11 +358,24 @@ async def serving(directory: Path, config: str = "", jetstream: bool = True) -> 
         await server.stop()
 
 
+def free_ports(count: int) -> list[int]:
+    """Return ports that nobody listens on, and that the system gives nobody who asks for any port."""
+    ports: list[int] = []
+    for port in random.sample(range(10_000, 32_768), 1000):
+        with socket.socket() as one, suppress(OSError):
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as nats-server does
+            one.bind(("127.0.0.1", port))
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise AssertionError("there are no free ports")
+
+
 class Cluster(Server):
     """Three servers, seen as one: the scripts get all three URLs."""
 
     def __init__(self, directory: Path) -> None:
-        ports = random.sample(range(10_000, 32_768), 6)  # the system gives nobody one of these
+        ports = free_ports(6)
         routes = ", ".join(f"nats://127.0.0.1:{port}" for port in ports[:3])
         self.servers = {
             f"n{i}": Server(
@@ -365,12 +423,13 @@ class Cluster(Server):
             await nc.close()
 
 
-async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+async def until(condition: Callable[[], Awaitable[bool] | bool]) -> None:
     """Wait until a condition holds; a server that doesn't answer is asked again."""
     async with asyncio.timeout(PATIENCE):
         while True:
             with suppress(nats.errors.Error):
-                if await condition():
+                answer = condition()
+                if answer if isinstance(answer, bool) else await answer:
                     break
             await asyncio.sleep(0.05)
 

@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 from nats.aio.client import Client as NatsClient
 
-from jobqueue.connection.client import Client, ProgramClient, ScriptClient
+from jobqueue.connection.client import Client
 from tests.harness import ROOT
 
 TESTS = {
@@ -15,15 +15,12 @@ TESTS = {
     (Client, "_send_publish"): "test_headers_are_kept_as_they_are",
     (Client, "_process_err"): "test_a_consumer_whose_credentials_end_uses_the_renewed_file",
     (Client, "_attempt_reconnect"): "test_unsent_bytes_on_a_dead_connection_do_not_hold_up_the_reconnect",
-    (ScriptClient, "request"): "test_a_subject_that_the_user_may_not_publish_to",
-    (ProgramClient, "request"): "test_a_subject_that_is_refused_fails_its_requests_and_nothing_else",
-    (ProgramClient, "_attempt_reconnect"): "test_a_refusal_that_no_request_waits_for_is_logged_once_a_connection",
+    (Client, "request"): "test_a_subject_that_is_refused_fails_its_requests_and_nothing_else",
 }
 
 
 def test_each_override_has_a_test_and_is_there_in_the_version_that_is_pinned() -> None:
-    classes = (Client, ScriptClient, ProgramClient)
-    overrides = {(one, name) for one in classes for name in vars(one) if callable(getattr(NatsClient, name, None))}
+    overrides = {(Client, name) for name in vars(Client) if callable(getattr(NatsClient, name, None))}
     assert {(one, name) for one, name in overrides if name.strip("_") not in ("init", "doc", "module")} == set(TESTS)
     tests = "\n".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
     assert all(f"def {test}(" in tests for test in TESTS.values())

@@ -1,6 +1,5 @@
 """What counts as a dead letter, when it becomes one, and what the DLQ processor does with it."""
 
-import json
 import re
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from tests.harness import (
     CONSUMER,
     DLQ,
     Server,
+    advisory,
     dead_letters,
     durable_info,
     edited,
@@ -87,8 +87,7 @@ async def test_a_shutdown_in_the_middle_of_a_retry_is_no_error(server: Server, n
     async with server.script(*DLQ) as dlq:
         await emptied(nc, *BOTH)
         await request(nc, "STREAM.DELETE.orders_stream")
-        advisory = {"stream": "orders_stream", "consumer": "processor", "stream_seq": 1, "deliveries": 2}
-        await publish(nc, json.dumps(advisory).encode(), subject=f"{ADVISORIES}.processor")
+        await publish(nc, advisory(), subject=f"{ADVISORIES}.processor")
         await dlq.line("dead letter # 1 in orders_stream: .*; trying again")
         assert await dlq.stop() == 0
         begun = [line for line in dlq.messages if not line.startswith(("orders_stream: ", "cannot look for "))]

@@ -36,6 +36,7 @@ from tests.harness import (
     has_in_flight,
     messages,
     publish,
+    request,
     started,
     until,
     with_body,
@@ -132,7 +133,9 @@ async def test_publishing_from_a_program(server: Server, nc: Client, tmp_path: P
     for _ in range(2):
         assert (await server.run(str(program))).process.returncode == 0
     assert await messages(nc, "orders_stream") == 1
-    await nc.jetstream().delete_stream("orders_stream")
+    config = (await request(nc, "STREAM.INFO.orders_stream"))["config"]
+    await request(nc, "STREAM.DELETE.orders_stream")
+    await request(nc, "STREAM.CREATE.orders_stream", config | {"max_msg_size": 1})
     failed = await server.run(str(program))
     assert (failed.process.returncode, failed.lines[-1]) == (1, "not stored")
 
@@ -227,9 +230,9 @@ async def test_the_kubernetes_manifest_is_valid_and_its_probe_tells_a_blocked_ev
     assert await status() == 1
     blocking = edited(CONSUMER[0], "import time\nasync def process(order: Msg) -> None:\n    time.sleep(600)", tmp_path)
     async with server.script(blocking, *CONSUMER[1:], LIVENESS_FILE=str(alive)) as running:
-        await until(lambda: _is(alive.exists()))
+        await until(alive.exists)
         await age()
-        await until(lambda: _is(time.time() - alive.stat().st_mtime < 60))
+        await until(lambda: time.time() - alive.stat().st_mtime < 60)
         assert await status() == 0
         await publish(nc, b"order-0")
         await until(lambda: has_in_flight(nc, 1))
@@ -237,10 +240,6 @@ async def test_the_kubernetes_manifest_is_valid_and_its_probe_tells_a_blocked_ev
         await asyncio.sleep(7)  # more than the interval, in which it is not touched
         assert await status() == 1
         running.process.kill()
-
-
-async def _is(condition: bool) -> bool:
-    return condition
 
 
 async def test_the_servers_configuration_is_valid(tmp_path: Path) -> None:

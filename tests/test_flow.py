@@ -98,13 +98,7 @@ async def test_a_publisher_stores_ids_that_differ_between_runs(server: Server, n
     ("statement", "reason"),
     [
         ("await asyncio.sleep(600)", r"TimeoutError: not done within the time limit of 0\.5 s"),
-        ("raise ValueError('no such\\ncustomer')", r"ValueError: no such\\ncustomer"),
-        ("raise TimeoutError", "timed out"),
-        ("raise SystemExit(3)", "SystemExit: 3"),
-        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
-        ("raise asyncio.CancelledError", "CancelledError"),
         ("asyncio.current_task().cancel(); await asyncio.sleep(1)", "CancelledError"),
-        ("raise type('Odd', (Exception,), {'__str__': lambda self: 1 / 0})", "Odd"),
     ],
 )
 async def test_work_that_raises_is_a_failed_order(
@@ -181,18 +175,10 @@ async def test_a_script_leaves_the_logging_of_a_users_libraries_alone(
     assert "ValueError: mine" in running.lines
 
 
-@pytest.mark.parametrize(
-    ("statement", "reason"),
-    [
-        ("raise ValueError('no such customer')", "ValueError: no such customer"),
-        ("await asyncio.sleep(600)", "TimeoutError: not done within the time limit of 0.5 s"),
-    ],
-)
-async def test_a_dead_letter_whose_reprocessing_fails_stays(
-    server: Server, nc: Client, tmp_path: Path, statement: str, reason: str
-) -> None:
+async def test_a_dead_letter_whose_reprocessing_fails_stays(server: Server, nc: Client, tmp_path: Path) -> None:
     await dead_letters(nc, b"order-0")
-    dlq = with_body("dlq/consumer.py", "reprocess", statement, tmp_path)
+    dlq = with_body("dlq/consumer.py", "reprocess", "await asyncio.sleep(600)", tmp_path)
+    reason = "TimeoutError: not done within the time limit of 0.5 s"
     async with server.script(dlq, *DLQ[1:], "--time-limit", "0.5") as running:
         await running.line("order-0 stays in orders_stream; next attempt in 10 s")
         failure = f"error reprocessing order order-0: {reason} (attempt %d, stream sequence # 1)"

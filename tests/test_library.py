@@ -4,7 +4,6 @@ import asyncio
 import gc
 import inspect
 import itertools
-import re
 import signal
 import textwrap
 import uuid
@@ -154,11 +153,7 @@ async def test_a_cancelled_publish_many_leaves_nothing_behind(server: Server, mo
                 async with asyncio.timeout(0.02):
                     await publish_many(nc, "orders.new", endless())
         assert len(nc._subs) == before[0]
-        await until(lambda: _is(len(asyncio.all_tasks()) == before[1]))
-
-
-async def _is(condition: bool) -> bool:
-    return condition
+        await until(lambda: len(asyncio.all_tasks()) == before[1])
 
 
 async def test_a_cancelled_request_leaves_no_exception_behind(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,26 +172,16 @@ async def test_a_cancelled_request_leaves_no_exception_behind(server: Server, mo
     assert not unretrieved
 
 
-@pytest.mark.parametrize(
-    ("message", "error"),
-    [
-        (Message("text", "1"), TypeError),  # type: ignore[arg-type]
-        (Message(b"order", uuid.uuid4()), TypeError),  # type: ignore[arg-type]
-        *((Message(b"order", malformed), ValueError) for malformed in ("", " ", " a", "a ", "a\nb", "\ud800")),
-    ],
-)
-async def test_a_malformed_message_raises_at_once(
-    server: Server, monkeypatch: pytest.MonkeyPatch, message: Message, error: type[Exception]
-) -> None:
+async def test_a_malformed_message_raises_at_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     async def made() -> AsyncIterator[Message]:
         yield Message(b"order", "1")
-        yield message
+        yield Message(b"order", "")
 
     monkeypatch.setenv("NATS_URL", server.url)
     async with connect("shop") as nc, asyncio.timeout(20):
-        with pytest.raises(error):
-            await publish(nc, "orders.new", message)
-        with pytest.raises(error):
+        with pytest.raises(TypeError):
+            await publish(nc, "orders.new", Message(b"order", uuid.uuid4()))  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="id"):
             await publish_many(nc, "orders.new", made())
         with pytest.raises(ValueError, match="characters"):
             await publish(nc, "orders." + "x" * 5000, Message(b"order", "2"))
@@ -242,13 +227,3 @@ async def test_what_the_server_says_before_it_hangs_up_is_shown(tmp_path: Path) 
         script = await server.run("consumer/consumer.py", "orders_stream", "orders.*")
     assert script.process.returncode == 1
     assert script.messages == [f"cannot connect to {server.url}: maximum connections exceeded"]
-
-
-async def test_labels_from_outside_stay_one_harmless_line(
-    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("NATS_URL", server.url)
-    caplog.set_level("INFO")
-    async with connect("shop") as nc:
-        assert await publish(nc, "orders.new", Message(b"order", "1", "1\n2026/11/26 00:00:00 \x1b[31mforged"))
-    assert re.fullmatch(r"published 1\\n2026/11/26 00:00:00 \\x1b\[31mforged", caplog.messages[-1])

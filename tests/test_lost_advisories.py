@@ -29,6 +29,7 @@ from tests.harness import (
     request,
     state,
     until,
+    waiting,
     with_body,
 )
 
@@ -94,6 +95,7 @@ async def test_an_order_that_died_while_the_dlq_was_full_is_found(server: Server
 async def test_a_dead_letter_whose_reprocessing_fails_is_tried_again_at_growing_intervals(
     server: Server, nc: Client, tmp_path: Path
 ) -> None:
+    """For longer than half a minute, too: the article's processor dies 30 s after its start."""
     await dead_letters(nc, b"order-0")
     fixed = tmp_path / "fixed"
     body = f"if not __import__('os').path.exists({str(fixed)!r}):\n        raise ValueError"
@@ -106,6 +108,9 @@ async def test_a_dead_letter_whose_reprocessing_fails_is_tried_again_at_growing_
         fixed.touch()
         await emptied(nc, *BOTH)
         assert len(dlq.found("reprocessing order order-0")) == 4
+        assert dlq.times[-1] - dlq.times[0] > 31
+        await dead_letters(nc, b"order-1")
+        await dlq.line("reprocessing order order-1")
 
 
 async def test_a_dlq_that_was_killed_twice_with_an_advisory_takes_it_up_again(
@@ -230,9 +235,11 @@ async def test_each_durable_is_looked_at_by_its_own_filter(server: Server, nc: C
     await pull(nc, "orders_stream", "new", 3)
     await until(lambda: holds(nc, "orders_unprocessed", 1))
     await request(nc, "STREAM.PURGE.orders_unprocessed")
+    looks = await nc.subscribe("$JS.API.CONSUMER.LIST.orders_stream")
     async with server.script(*DLQ) as dlq:
         await dlq.line("reprocessing order new-0")
-        await asyncio.sleep(21)  # one more look at least
+        for _ in range(looks.pending_msgs + 3):
+            await looks.next_msg(PATIENCE)
         assert len(dlq.found("reprocessing .*")) == 1
     assert await messages(nc, "orders_stream") == 1
 
@@ -251,8 +258,13 @@ async def test_dead_letters_that_are_being_reprocessed_are_left_alone(
     server: Server, nc: Client, tmp_path: Path
 ) -> None:
     await dead_letters(nc, b"order-0", b"order-1")
-    slow = with_body("dlq/consumer.py", "reprocess", "await asyncio.sleep(16)", tmp_path)
+    go = tmp_path / "go"
+    slow = with_body("dlq/consumer.py", "reprocess", waiting(go), tmp_path)
+    looks = await nc.subscribe("$JS.API.CONSUMER.LIST.orders_stream")
     async with server.script(slow, *DLQ[1:]) as one, server.script(slow, *DLQ[1:]) as two:
+        for _ in range(2 * 8):  # 20 s: each looks after 10, and publishes what it has found 7.5 s later
+            await looks.next_msg(PATIENCE)
+        go.touch()
         await emptied(nc, *BOTH)
         assert sorted(one.messages + two.messages) == ["reprocessing order order-0", "reprocessing order order-1"]
         assert (await state(nc, "orders_unprocessed"))["last_seq"] == 2
@@ -266,7 +278,7 @@ async def test_orders_that_wait_for_a_retry_while_their_durable_is_paused_are_le
     await publish(nc, b"order-1")
     async with server.script(*CONSUMER, "--failure-rate", "1") as consumer:
         await consumer.line("error processing order-1")
-        end = f"{datetime.now(UTC) + timedelta(seconds=30):%Y-%m-%dT%H:%M:%SZ}"
+        end = f"{datetime.now(UTC) + timedelta(seconds=22):%Y-%m-%dT%H:%M:%SZ}"
         try:
             await request(nc, "CONSUMER.PAUSE.orders_stream.processor", {"pause_until": end})
         except TimeoutError:

@@ -19,22 +19,23 @@ from tests.harness import (
     ADVISORIES,
     CONSUMER,
     DLQ,
+    MANAGE,
     Script,
     Server,
     dead_letters,
     emptied,
-    environment,
     holds,
     messages,
     publish,
     pull,
     request,
+    unread,
     until,
+    waiting,
     with_body,
 )
 from tests.proxy import proxied
 
-MANAGE = ("dlq/manage.py", "orders_unprocessed", "orders_stream")
 BOTH = ("orders_stream", "orders_unprocessed")
 
 
@@ -175,7 +176,8 @@ async def test_a_dead_letter_that_a_dlq_processor_has_in_flight_is_left_to_it(
     server: Server, nc: Client, tmp_path: Path
 ) -> None:
     await dead_letters(nc, b"order-0")
-    slow = with_body("dlq/consumer.py", "reprocess", "await asyncio.sleep(20)", tmp_path)
+    go = tmp_path / "go"
+    slow = with_body("dlq/consumer.py", "reprocess", waiting(go), tmp_path)
     async with server.script(slow, *DLQ[1:]) as dlq:
         await dlq.line("reprocessing order order-0")
         for command in ("retry", "discard"):
@@ -184,6 +186,7 @@ async def test_a_dead_letter_that_a_dlq_processor_has_in_flight_is_left_to_it(
                 "# 1 in orders_stream is skipped: a DLQ processor or another operator has it in flight"
                 in script.messages
             )
+        go.touch()
         await emptied(nc, *BOTH)
         assert dlq.messages == ["reprocessing order order-0"]
 
@@ -207,23 +210,15 @@ async def test_what_a_dlq_processor_has_begun_since_is_left_to_it(server: Server
     """The operator is suspended while it prints, for longer than the ack wait."""
     await dead_letters(nc, b"x" * 100_000, b"order-1")
     slow = with_body("dlq/consumer.py", "reprocess", "await asyncio.sleep(3)", tmp_path)
-    reading, writing = os.pipe()
-    discarding = await asyncio.create_subprocess_exec(
-        *(sys.executable, *MANAGE, "discard", "1"),
-        stdout=writing,
-        stderr=asyncio.subprocess.PIPE,
-        env=environment(NATS_URL=server.url),
-    )
-    os.close(writing)
-    await asyncio.to_thread(select.select, [reading], [], [])  # the pipe takes 64 kB, so the printing blocks
-    async with server.script(slow, *DLQ[1:]) as dlq:
-        await dlq.line("reprocessing order x+.*")
-        with os.fdopen(reading, "rb") as pipe:
+    async with unread(server, *MANAGE, "discard", "1") as (discarding, pipe):
+        await asyncio.to_thread(select.select, [pipe], [], [])  # the pipe takes 64 kB, so the printing blocks
+        async with server.script(slow, *DLQ[1:]) as dlq:
+            await dlq.line("reprocessing order x+.*")
             printed = await asyncio.to_thread(pipe.read)
-        _, errors = await discarding.communicate()
+            _, errors = await discarding.communicate()
+            await emptied(nc, *BOTH)
         assert json.loads(printed)["sequence"] == 1
         assert b"is skipped: a DLQ processor or another operator has it in flight" in errors
-        await emptied(nc, *BOTH)
 
 
 async def test_it_is_safe_beside_dlq_processors_consumers_and_itself(
@@ -354,13 +349,13 @@ async def test_an_order_that_cannot_be_published_again_stays_a_dead_letter(serve
 
 
 async def test_a_slow_network(server: Server, nc: Client) -> None:
-    await dead_letters(nc, *(b"order-%d" % i for i in range(30)))
+    await dead_letters(nc, *(b"order-%d" % i for i in range(12)))
     async with proxied(server.port) as proxy:
         proxy.delay = 0.1
         await manage(server, "discard", "3", NATS_URL=proxy.url)
         await manage(server, "retry", "5", NATS_URL=proxy.url)
         await manage(server, "retry", "--all", NATS_URL=proxy.url)
-    assert [await messages(nc, stream) for stream in BOTH] == [29, 0]
+    assert [await messages(nc, stream) for stream in BOTH] == [11, 0]
 
 
 async def test_an_out_of_date_advisory_is_no_dead_letter(server: Server, nc: Client) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import json
-import os
 import shlex
 import signal
 import sys
@@ -19,12 +18,13 @@ from tests.harness import (
     ADVISORIES,
     CONSUMER,
     DLQ,
+    MANAGE,
     Server,
+    advisory,
     clustered,
     dead_letters,
     durable_info,
     emptied,
-    environment,
     holds,
     messages,
     publish,
@@ -32,6 +32,7 @@ from tests.harness import (
     request,
     serving,
     state,
+    unread,
     until,
     with_body,
 )
@@ -91,8 +92,7 @@ async def test_two_operators_at_once(server: Server, nc: Client) -> None:
     """Each dead letter is redriven or discarded, and none is both."""
     await dead_letters(nc, *(b"order-%d" % i for i in range(300)))
     retrying, discarding = await asyncio.gather(
-        server.run("dlq/manage.py", *DLQ[1:], "retry", "--all"),
-        server.run("dlq/manage.py", *DLQ[1:], "discard", "--all", "--yes"),
+        server.run(*MANAGE, "retry", "--all"), server.run(*MANAGE, "discard", "--all", "--yes")
     )
     redriven = {line.split(":")[0] for line in retrying.found("redriven (.*)")}
     discarded = {line.split(":")[0] for line in discarding.found("discarded (.*)")}
@@ -110,7 +110,7 @@ async def test_dead_letters_that_wait_for_a_retry_are_handled_at_once(
     failing = with_body("dlq/consumer.py", "reprocess", "raise ValueError", tmp_path)
     async with server.script(failing, *DLQ[1:], "--concurrency", "8") as dlq:
         await dlq.line("order-.* stays in orders_stream; next attempt in 10 s", 100)
-        script = await server.run("dlq/manage.py", *DLQ[1:], "retry", "--all")
+        script = await server.run(*MANAGE, "retry", "--all")
         redriven, skipped = len(script.found("redriven .*")), len(script.found("# .* is skipped: .*"))
         assert redriven + skipped == 100
         assert await messages(nc, "orders_unprocessed") == skipped
@@ -175,13 +175,11 @@ async def test_each_dead_letter_is_listed_once_whatever_advisories_there_are(ser
     config = (await request(nc, "STREAM.INFO.orders_unprocessed"))["config"]
     subjects = [*config["subjects"], config["subjects"][0].replace("orders_stream", "emails_stream")]
     await request(nc, "STREAM.UPDATE.orders_unprocessed", config | {"subjects": subjects})
-    advisory = {"stream": "orders_stream", "consumer": "processor", "deliveries": 2}
     for sequence in (4, 4, 5, 5, 99):
-        payload = json.dumps(advisory | {"stream_seq": sequence}).encode()
-        await publish(nc, payload, subject=config["subjects"][0].replace("*", "processor"))
-    for sequence in range(5):
-        payload = json.dumps(advisory | {"stream": "emails_stream", "stream_seq": sequence + 1}).encode()
-        await publish(nc, payload, subject=subjects[1].replace("*", "processor"))
+        await publish(nc, advisory(sequence), subject=f"{ADVISORIES}.processor")
+    for sequence in range(1, 6):
+        other = advisory(sequence, stream="emails_stream")
+        await publish(nc, other, subject=subjects[1].replace("*", "processor"))
     assert [one["sequence"] for one in await listed(server)] == [1, 2, 3, 4]
     await manage(server, "discard", "--all", "--yes")
     assert await listed(server) == []
@@ -217,7 +215,7 @@ async def test_an_order_that_dies_in_the_meantime_is_redriven_or_reprocessed(
         proxy.delay = 0.01
         await publish(nc, *(b"order-%d" % i for i in range(300)))
         await consumer.line("order-.* will be processed via DLQ")
-        retrying = await server.run("dlq/manage.py", *DLQ[1:], "retry", "--all", NATS_URL=proxy.url)
+        retrying = await server.run(*MANAGE, "retry", "--all", NATS_URL=proxy.url)
         await consumer.stop()
         redriven = {line.split(":")[0] for line in retrying.found("redriven (.*: # [0-9]+ in .*)")}
         sequences = [line.split("# ")[1].split(" ")[0] for line in retrying.found("redriven (.*)")]
@@ -232,23 +230,15 @@ async def test_an_order_that_dies_in_the_meantime_is_redriven_or_reprocessed(
 
 async def test_a_dead_letter_whose_advisory_is_gone_is_named(server: Server, nc: Client) -> None:
     await dead_letters(nc, *(b"x" * 3000 + b"%d" % i for i in range(100)))
-    reading, writing = os.pipe()
-    discarding = await asyncio.create_subprocess_exec(
-        *(sys.executable, "dlq/manage.py", *DLQ[1:], "discard", "--all", "--yes"),
-        stdout=writing,
-        stderr=asyncio.subprocess.PIPE,
-        env=environment(NATS_URL=server.url),
-    )
-    os.close(writing)
 
     async def has_begun() -> bool:
         return await messages(nc, "orders_stream") < 99
 
-    await until(has_begun)
-    await request(nc, "STREAM.PURGE.orders_unprocessed")
-    with os.fdopen(reading, "rb") as pipe:
+    async with unread(server, *MANAGE, "discard", "--all", "--yes") as (discarding, pipe):
+        await until(has_begun)
+        await request(nc, "STREAM.PURGE.orders_unprocessed")
         printed = await asyncio.to_thread(pipe.read)
-    _, errors = await discarding.communicate()
+        _, errors = await discarding.communicate()
     named = errors.count(b"is skipped:") + errors.count(b"discarded x")
     assert named == 100 and len(printed.splitlines()) >= errors.count(b"discarded x")
     assert discarding.returncode == 1
@@ -268,7 +258,7 @@ async def test_what_was_purged_gets_an_advisory_again(server: Server, nc: Client
 
 async def test_what_cannot_be_printed_is_named_and_stays(server: Server, nc: Client) -> None:
     await dead_letters(nc, b"order-0", b"order-1")
-    manage_py = shlex.join([sys.executable, "dlq/manage.py", *DLQ[1:], "discard", "--all", "--yes"])
+    manage_py = shlex.join([sys.executable, *MANAGE, "discard", "--all", "--yes"])
     script = await server.run("bash", "-c", f"{manage_py} >/dev/full")
     assert script.process.returncode == 1
     assert len(script.found("# . in orders_stream is skipped: it could not be printed: No space left on device")) == 2
@@ -278,7 +268,7 @@ async def test_what_cannot_be_printed_is_named_and_stays(server: Server, nc: Cli
 async def test_advisories_that_expire_in_the_meantime_hang_nothing(server: Server, nc: Client) -> None:
     await dead_letters(nc, *(b"order-%d" % i for i in range(10)))
     await create_durable(nc, filter_subject="$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.orders_stream.another")
-    script = await server.run("dlq/manage.py", *DLQ[1:], "retry", "3")
+    script = await server.run(*MANAGE, "retry", "3")
     assert script.found("redriven order-2: .*|# 3 in orders_stream is skipped: .*")
 
 
@@ -292,8 +282,8 @@ async def test_each_of_two_durables_has_its_own_dead_letters(server: Server, nc:
     await pull(nc, "orders_stream", "b", 2)
     await until(lambda: holds(nc, "orders_unprocessed", 2))
     await request(nc, "STREAM.PURGE.orders_unprocessed")
-    forged = {"stream": "orders_stream", "consumer": "a", "stream_seq": 1, "deliveries": 1}
-    await publish(nc, json.dumps(forged | {"timestamp": "0001-01-01T00:00:00Z"}).encode(), subject=f"{ADVISORIES}.a")
+    forged = advisory(consumer="a", deliveries=1, timestamp="0001-01-01T00:00:00Z")
+    await publish(nc, forged, subject=f"{ADVISORIES}.a")
     assert [one["sequence"] for one in await listed(server)] == [1, 2]
     await manage(server, "list")
     await manage(server, "retry", "1")

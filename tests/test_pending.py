@@ -13,7 +13,8 @@ import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from jobqueue.dead_letters.pending import Pending, delayed_nak
+from jobqueue.dead_letters.pending import Pending
+from jobqueue.jetstream.acks import delayed_nak
 from jobqueue.jetstream.durables import Durables
 from tests.harness import (
     ACKS_OF_VERSION_2,

@@ -25,13 +25,15 @@ from nats.js.errors import APIError, ServiceUnavailableError
 
 from jobqueue.connection.client import Client
 from jobqueue.connection.environment import LOCAL, SYNADIA_CLOUD, read_environment
-from jobqueue.dead_letters import headers, inventory
+from jobqueue.dead_letters import headers
 from jobqueue.dead_letters.advisories import Hint, parse_advisory
+from jobqueue.dead_letters.letter import DeadLetter
 from jobqueue.dead_letters.processing import Processing
-from jobqueue.dead_letters.verifying import DeadLetter, Verifier
-from jobqueue.errors import MAX_TRACEBACK, Failure, describe_error, describe_failure, printable
-from jobqueue.jetstream import reading, stored, streams
+from jobqueue.dead_letters.verifying import Verifier
+from jobqueue.errors import MAX_TRACEBACK, Failure, describe_error, printable
+from jobqueue.jetstream import acks, reading, stored, streams
 from jobqueue.jetstream.durables import Durable
+from jobqueue.jetstream.failures import Failures
 from jobqueue.jetstream.tasks import AT_A_TIME, run_all, run_for_each
 from jobqueue.publishing.message import Message, Outcome
 from jobqueue.script import arguments, lines
@@ -113,8 +115,8 @@ def test_two_filters_overlap_if_a_subject_matches_both(one: str, other: str) -> 
 
 @table("prefix", ["$JS.ACK", "$JS.ACK.hub.hash", "$JS.ACK._.hash"])
 def test_ack_subjects_of_both_versions_are_parsed_and_of_the_first_made(prefix: str) -> None:
-    assert streams.parse_ack_subject(f"{prefix}.s.d.2.7.12.3000.5{'.token' * ('_' in prefix)}") == (7, 3000, 12)
-    made = Msg(Client(), reply=streams.ack_subject("s", "d", 2, 7, 12, 3 * SECOND)).metadata  # as nats-py reads it
+    assert acks.parse_ack_subject(f"{prefix}.s.d.2.7.12.3000.5{'.token' * ('_' in prefix)}") == (7, 3000, 12)
+    made = Msg(Client(), reply=acks.ack_subject("s", "d", 2, 7, 12, 3 * SECOND)).metadata  # as nats-py reads it
     assert (made.stream, made.consumer, made.num_delivered, made.timestamp.timestamp()) == ("s", "d", 2, 3)
     assert (made.sequence.stream, made.sequence.consumer) == (7, 12)
 
@@ -139,7 +141,7 @@ def test_an_argument_is_checked(
         with pytest.raises(ArgumentTypeError) as raised:
             check(value)
         assert str(raised.value) == f"'{printable(value)}' is not a {what}"
-    assert not arguments.is_name(7)
+    assert not streams.is_name(7)
 
 
 @table(("data", "shown"), [
@@ -180,8 +182,8 @@ async def test_a_users_exception_has_its_traceback_escaped_and_cut(count: int, a
 
     error = await TimeLimit(1).run(work())
     assert error
-    first, *shown = describe_failure(error, attempt, 2, 7).split("\n")
-    assert first == f"{describe_error(error)} (attempt {number}, stream sequence # 7)"
+    first, *shown = describe_attempt(error, attempt, 2, 7).split("\n")
+    assert first == f": {describe_error(error)} (attempt {number}, stream sequence # 7)"
     assert (shown[0], shown[3]) == ("  Traceback (most recent call last):", r"  ValueError: \x1b[2J")
     assert re.fullmatch(rf'    File "{re.escape(__file__)}", line \d+, in work', shown[1])
     assert [i for i, line in enumerate(shown) if line == "  ..."] == ([MAX_TRACEBACK // 2] if count > 97 else [])
@@ -240,46 +242,47 @@ def test_credentials_are_read_and_name_the_server(monkeypatch: pytest.MonkeyPatc
     assert re.findall(r"^[^-\n].*", str(options["user_credentials"]), re.MULTILINE) == ["eyJ.a-b_c", SEED]
 
 
-@table(
-    ("old", "new"), [(CREDENTIALS, ""), (CREDENTIALS, "-" * 999), ("a-b", "\u00e9"), ("eyJ", "???"), (SEED, SEED[:-1])]
-)
+@table(("old", "new"), [
+    (CREDENTIALS, ""), (CREDENTIALS, "-" * 999), (CREDENTIALS[CREDENTIALS.index("---BEGIN SEED"):], ""),
+    ("a-b", "\u00e9"), ("a-b", "\udcff"), ("eyJ", "???"), (SEED, SEED[:-1]), ("", "/dev/zero"), ("", "/missing"),
+])  # fmt: skip
 def test_malformed_credentials_are_not_shown(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, old: str, new: str
 ) -> None:
-    (tmp_path / "creds").write_text(CREDENTIALS.replace(old, new))
-    set_environment(monkeypatch, "", str(tmp_path / "creds"))
+    file = Path(new) if new.startswith("/") else tmp_path / "creds"
+    (tmp_path / "creds").write_text(CREDENTIALS.replace(old, new), errors="surrogateescape")
+    set_environment(monkeypatch, "", str(file))
     with pytest.raises(Failure) as raised:
         read_environment()
-    assert str(raised.value) == f"{tmp_path}/creds is not a credentials file: it needs a user JWT and its seed"
+    malformed = f"{file} is not a credentials file: it needs a user JWT and its seed"
+    missing = f"cannot read the credentials file {file}: No such file or directory"
+    assert str(raised.value) == (missing if new == "/missing" else malformed)
 
 
 @random_inputs
 @given(st.text("ab\r\n", max_size=30).map(str.encode), st.integers(1, 5), st.sampled_from([1, 3, 64]))
 def test_each_line_comes_once_and_no_longer_than_allowed(data: bytes, max_length: int, chunk: int) -> None:
-    async def read(descriptor: int) -> list[bytes]:
-        return [line async for line in lines.read_lines(descriptor, max_length, asyncio.Event())]
+    async def read(path: str) -> list[bytes]:
+        return [line async for line in lines.read_lines(path, max_length, asyncio.Event())]
 
-    with tempfile.TemporaryFile() as file, pytest.MonkeyPatch.context() as patch:
+    with tempfile.NamedTemporaryFile() as file, pytest.MonkeyPatch.context() as patch:
         patch.setattr(lines, "CHUNK", chunk)
         file.write(data)
-        file.seek(0)
-        assert asyncio.run(read(file.fileno())) == [line[: max_length + 1] for line in data.split(b"\n") if line]
+        file.flush()
+        assert asyncio.run(read(file.name)) == [line[: max_length + 1] for line in data.split(b"\n") if line]
 
 
 async def test_an_empty_line_is_logged_with_its_number(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "orders").write_bytes(b"one\n\n" + b"x" * 200_000 + b"\n\nfour")
-    with lines.opened(str(tmp_path / "orders")) as descriptor:
-        found = [line async for line in lines.read_lines(descriptor, 10, asyncio.Event())]
+    found = [line async for line in lines.read_lines(str(tmp_path / "orders"), 10, asyncio.Event())]
     assert (found, caplog.messages) == ([b"one", b"x" * 11, b"four"], [f"line {i} is empty: skipped" for i in (2, 4)])
-    with pytest.raises(OSError):
-        os.fstat(descriptor)
 
 
 @table(("rest", "ending"), [(b"", "close"), (b"three", "close"), (b"", "shutdown"), (b"three", "shutdown")])
 async def test_a_pipe_is_read_as_it_is_written_until_its_end_or_a_shutdown(rest: bytes, ending: str) -> None:
     (reading_end, writing_end), shutdown = os.pipe(), asyncio.Event()
     with os.fdopen(reading_end, "rb"), os.fdopen(writing_end, "wb", 0) as pipe:
-        found = lines.read_lines(reading_end, 10, shutdown)
+        found = lines.read_lines(f"/dev/fd/{reading_end}", 10, shutdown)
         pipe.write(b"one\ntw")
         assert await anext(found) == b"one"
         asyncio.get_running_loop().call_soon(pipe.write, b"o\n" + rest)
@@ -293,9 +296,9 @@ async def test_a_pipe_is_read_as_it_is_written_until_its_end_or_a_shutdown(rest:
 
 
 @table(("file", "why"), [("/", "Is a directory"), ("\n", "No such file or directory")])
-def test_a_file_that_cannot_be_read_is_named(file: str, why: str) -> None:
-    with pytest.raises(Failure, match=f"^cannot read {re.escape(printable(file))}: {why}$"), lines.opened(file):
-        pass
+async def test_a_file_that_cannot_be_read_is_named(file: str, why: str) -> None:
+    with pytest.raises(Failure, match=f"^cannot read {re.escape(printable(file))}: {why}$"):
+        await anext(lines.read_lines(file, 10, asyncio.Event()))
 
 
 def test_headers_but_instructions_to_the_server_are_kept_to_the_byte() -> None:
@@ -334,7 +337,9 @@ async def test_a_dead_letter_waits_longer_after_each_attempt(attempt: int, delay
         raise ValueError("no such customer")
 
     nc = Client()
-    processing = Processing(nc, Verifier(nc, "orders_stream"), fail, TimeLimit(1), asyncio.Event())
+    processing = Processing(
+        nc, Verifier(nc, "orders_stream"), fail, TimeLimit(1), asyncio.Event(), Failures(nc, "orders_stream", "")
+    )
     nak = await processing._process(Hint(7, "processor"), dead_letter(message(7)), attempt)
     assert nak == b'-NAK {"delay": %d}' % (delay * SECOND)
 
@@ -350,7 +355,8 @@ def test_a_message_died_before_its_advisory_was_stored(second: str, died_at: int
 
 
 @table("payload", [
-    *(b"", b"null", b"[]", b"{}", b"\xff", b"[" * 100_000, advisory(stream="other"), advisory(stream=["s"])),
+    *(b"", b"null", b"[]", b"{}", b"\xff", b"[" * 100_000, advisory()[:-1] + b', "stream_seq": %s}' % (b"9" * 5000)),
+    *(advisory(stream=stream) for stream in ("other", ["s"])),
     *(advisory(consumer=consumer) for consumer in (None, 7, "", "a.b", "*", "a\r\nb", "x" * 256)),
     *(advisory(stream_seq=number) for number in (None, True, 0, -1, 2**64, 7.0, "7")),
     *(advisory(deliveries=number) for number in (None, True, 0, "2")),
@@ -362,12 +368,12 @@ def test_what_is_no_advisory_of_the_stream_is_a_value_error(payload: bytes) -> N
 
 def test_a_dead_letter_is_shown_with_all_that_is_known_of_it() -> None:
     block = b"NATS/1.0\r\na: 1\r\nb: 2\r\na: 3\r\nnats-msg-id: mine\r\n\r\n"
-    assert inventory.as_json(dead_letter(message(7, b"caf\xc3\xa9", block), SECOND)) == {
+    assert dead_letter(message(7, b"caf\xc3\xa9", block), SECOND).as_json() == {
         **{"sequence": 7, "subject": "orders.new", "published": "1970-01-01T00:00:03.000000000Z", "deliveries": 2},
         **{"died": "1970-01-01T00:00:01.000000000Z", "id": "mine", "payload": "caf\u00e9"},
         "headers": {"a": ["1", "3"], "b": "2", "nats-msg-id": "mine"},
     }
-    unknown = inventory.as_json(dead_letter(message(7, b"\xff\x00")))
+    unknown = dead_letter(message(7, b"\xff\x00")).as_json()
     assert (unknown["died"], unknown["id"], unknown["headers"]) == (None, None, {})
     assert (unknown["payload_base64"], "payload" in unknown) == ("/wA=", False)
 
@@ -422,7 +428,7 @@ async def test_results_are_in_order_and_the_first_error_cancels_the_others() -> 
     assert cancelled == {3, 4}
 
 
-@table("error", [None, ValueError(), SystemExit(3), asyncio.CancelledError()])
+@table("error", [None, ValueError(), SystemExit(3), KeyboardInterrupt(), asyncio.CancelledError()])
 async def test_what_work_raises_is_returned_and_cancels_nothing_after_it(error: BaseException | None) -> None:
     task = asyncio.current_task()
     assert task

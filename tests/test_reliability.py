@@ -1,12 +1,10 @@
 """Where the port does better than the article's code: each of the seven points, on real faults."""
 
 import asyncio
-import json
 import signal
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 from nats.aio.client import Client
@@ -20,6 +18,7 @@ from tests.harness import (
     PATIENCE,
     PUBLISHER,
     Server,
+    advisory,
     clustered,
     dead_letters,
     durable_info,
@@ -30,6 +29,7 @@ from tests.harness import (
     request,
     serving,
     until,
+    waiting,
     with_body,
 )
 from tests.proxy import proxied
@@ -37,34 +37,13 @@ from tests.proxy import proxied
 NO_FAILURES = ("--failure-rate", "0")
 
 
-def advisory(**fields: Any) -> bytes:
-    good = {"stream": "orders_stream", "consumer": "processor", "stream_seq": 1, "deliveries": 2}
-    return json.dumps(good | fields).encode()
-
-
 MALFORMED = [
     b"",
-    b"not JSON",
-    b"[]",
-    b"17",
-    b'{"stream_seq": 1}',
     b"\xff\xfe\x00",
     b"[" * 100_000,
-    advisory(stream_seq="1"),
-    advisory(stream_seq=True),
-    advisory(stream_seq=1.5),
-    advisory(stream_seq=0),
-    advisory(stream_seq=-1),
-    advisory(stream_seq=2**64),
-    b'{"stream_seq": ' + b"9" * 5000 + b"}",
-    advisory(deliveries=None),
+    advisory(2**64),
     advisory(stream="another_stream"),
-    advisory(stream=["orders_stream"]),
-    advisory(consumer="a.b"),
-    advisory(consumer=">"),
     advisory(consumer="processor\r\nPUB orders.new 1\r\nx"),
-    advisory(consumer="x" * 10_000),
-    advisory(consumer=None),
     b'"\x1b[2J"',
 ]
 
@@ -85,14 +64,6 @@ async def test_the_dlq_survives_what_is_no_advisory(server: Server, nc: Client) 
         assert await dlq.stop() == 0
 
 
-async def test_the_dlq_works_longer_than_half_a_minute(server: Server, nc: Client) -> None:
-    async with server.script(*DLQ) as dlq:
-        await durable_info(nc, "orders_unprocessed", "unprocessed_order_handler")
-        await asyncio.sleep(31)  # the article's processor dies 30 s after its start
-        await dead_letters(nc, b"order-0")
-        await dlq.line("reprocessing order order-0")
-
-
 async def test_an_advisory_whose_order_is_gone_is_done_with(server: Server, nc: Client) -> None:
     await dead_letters(nc, b"order-0", b"order-1")
     await request(nc, "STREAM.PURGE.orders_stream", {"seq": 2})
@@ -105,7 +76,7 @@ async def test_an_advisory_whose_order_is_gone_is_done_with(server: Server, nc: 
 async def test_an_advisory_about_an_order_that_was_never_delivered_settles_nothing(server: Server, nc: Client) -> None:
     await dead_letters(nc, b"order-0")
     await publish(nc, b"order-1")
-    await publish(nc, advisory(stream_seq=2), subject=f"{ADVISORIES}.processor")
+    await publish(nc, advisory(2), subject=f"{ADVISORIES}.processor")
     async with server.script(*DLQ) as dlq:
         await dlq.line("reprocessing order order-0")
         await emptied(nc, "orders_unprocessed")
@@ -158,22 +129,22 @@ async def test_a_reprocessed_order_leaves_the_stream(server: Server, nc: Client)
 
 
 async def test_orders_that_wait_are_neither_delivered_twice_nor_dead(server: Server, nc: Client) -> None:
-    await publish(nc, *(b"order-%d" % i for i in range(600)))
+    await publish(nc, *(b"order-%d" % i for i in range(300)))
     async with server.script(*CONSUMER, *NO_FAILURES, "--work-time", "0.1", "--concurrency", "3") as consumer:
         await consumer.line("received .*", 100)
         # What is being processed, and at most 0.4 seconds of work.
         assert (await durable_info(nc, "orders_stream", "processor"))["num_ack_pending"] <= 3 + 12
         await emptied(nc, "orders_stream")
         received = consumer.found("received (.*) from .*")
-    assert Counter(received) == Counter(f"order-{i}" for i in range(600))
+    assert Counter(received) == Counter(f"order-{i}" for i in range(300))
     info = await durable_info(nc, "orders_stream", "processor")
-    assert info["delivered"]["consumer_seq"] == 600
+    assert info["delivered"]["consumer_seq"] == 300
     assert await messages(nc, "orders_unprocessed") == 0
 
 
 async def test_an_order_that_takes_longer_than_the_ack_wait_is_done_once(server: Server, nc: Client) -> None:
     await publish(nc, b"order-0", b"order-1")
-    async with server.script(*CONSUMER, *NO_FAILURES, "--work-time", "12") as one:
+    async with server.script(*CONSUMER, *NO_FAILURES, "--work-time", "7") as one:
         await one.line("received order-0 .*")
         async with server.script(*CONSUMER, *NO_FAILURES) as two:
             await emptied(nc, "orders_stream")
@@ -257,23 +228,11 @@ async def test_a_publish_whose_ack_is_lost_is_stored_once(server: Server, nc: Cl
     assert await messages(nc, "orders_stream") == 2
 
 
-async def test_an_order_that_is_not_stored_is_counted(server: Server, nc: Client) -> None:
-    await request(nc, "STREAM.DELETE.orders_stream")
-    await request(
-        nc, "STREAM.CREATE.small", {"name": "small", "subjects": ["orders.*"], "max_msgs": 3, "discard": "new"}
-    )
-    publisher = await server.run(*PUBLISHER, "--count", "4", "--interval", "0")
-    assert publisher.process.returncode == 1
-    assert publisher.found(r"published order no\. (\d)") == ["0", "1", "2"]
-    assert publisher.messages[-1] == "1 of 4 orders are not published"
-
-
 async def test_a_stream_that_is_away_for_a_while_is_waited_for(server: Server, nc: Client) -> None:
     async with server.script(*PUBLISHER, "--count", "3", "--interval", "0.5") as publisher:
         await publisher.line("published order no. 0")
         await request(nc, "STREAM.DELETE.orders_stream")
         await publisher.line(r"order no. \d is not published yet: no response from stream; trying again")
-        await asyncio.sleep(6)
         await server.create_streams()
         assert await publisher.status() == 0
         assert len(publisher.found("published order no. .*")) == 3
@@ -302,7 +261,7 @@ async def test_orders_that_come_while_a_stop_waits_are_finished_too(server: Serv
     async with server.script(*CONSUMER, *NO_FAILURES, "--work-time", "5") as consumer:
         await consumer.line("received long .*")
         consumer.process.send_signal(signal.SIGTERM)
-        await asyncio.sleep(0.3)  # there may be an order at once, too, but that one isn't the trouble
+        await consumer.line("shutting down: .*")
         for i in range(40):
             await publish(nc, b"late-%d" % i)
             await asyncio.sleep(0.1)
@@ -423,10 +382,8 @@ async def test_an_order_that_is_redelivered_while_it_is_in_flight_waits_for_its_
 ) -> None:
     """A laptop sleeps for longer than the ack wait, say."""
     go = tmp_path / "go"
-    body = f"""from pathlib import Path
-    log.info("began")
-    while not Path({str(go)!r}).exists():
-        await asyncio.sleep(0.05)
+    body = f"""log.info("began")
+    {waiting(go)}
     if order.metadata.num_delivered <= {failures}:
         raise ValueError"""
     script = with_body("consumer/consumer.py", "process", body, tmp_path)
@@ -485,9 +442,7 @@ async def test_a_durable_that_is_deleted_while_a_consumer_is_busy_is_created_aga
 async def test_a_new_leader_gets_all_acks_before_it_is_asked_for_more(tmp_path: Path) -> None:
     """The leader changes while a busy consumer asks for nothing, and again before it asks for more."""
     go = tmp_path / "go"
-    body = f"""from pathlib import Path
-    while not Path({str(go)!r}).exists():
-        await asyncio.sleep(0.1)
+    body = f"""{waiting(go)}
     await asyncio.sleep(1 if order.data == b"order-0" else 4.5)"""
     script = with_body("consumer/consumer.py", "process", body, tmp_path)
     durable = "orders_stream.processor"

@@ -10,7 +10,18 @@ import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from tests.harness import CONSUMER, Server, durable_info, emptied, messages, publish, request, until, with_body
+from tests.harness import (
+    CONSUMER,
+    Server,
+    durable_info,
+    emptied,
+    has_in_flight,
+    messages,
+    publish,
+    request,
+    until,
+    with_body,
+)
 from tests.proxy import proxied
 
 OLD = [b"old-%d" % i for i in range(15)]
@@ -148,11 +159,6 @@ async def test_nothing_is_sent_for_what_cannot_be_verified(server: Server, tmp_p
         assert not seen
 
 
-async def is_pending(nc: Client, count: int) -> bool:
-    found: int = (await durable_info(nc, "orders_stream", "processor"))["num_ack_pending"]
-    return found == count
-
-
 async def test_an_order_that_was_removed_while_it_waits_is_not_processed(
     server: Server, nc: Client, tmp_path: Path
 ) -> None:
@@ -161,7 +167,7 @@ async def test_an_order_that_was_removed_while_it_waits_is_not_processed(
     await publish(nc, b"old-0", b"new-0")
     async with server.script(waiting_consumer(go, tmp_path), *CONSUMER[1:]) as consumer:
         await consumer.line("began old-0")
-        await until(lambda: is_pending(nc, 2))
+        await until(lambda: has_in_flight(nc, 2))
         await nc.request("$JS.ACK.orders_stream.processor.1.2.0.0.0", b"+ACK", timeout=5)
         await server.restart(signal.SIGKILL)
         await consumer.line("stream sequence # 2 in orders_stream is gone: not acked")
@@ -219,7 +225,7 @@ async def test_a_redelivery_that_waited_is_no_fresher_than_its_arrival(
         await busy.line("began old-0 1")
         await until(lambda: is_redelivered(nc))
         await publish(nc, b"old-1")
-        await until(lambda: is_pending(nc, 2))  # so no pull request is open, whose end would tell of the deletion
+        await until(lambda: has_in_flight(nc, 2))  # so no pull request is open, whose end would tell of the deletion
         await request(nc, "STREAM.DELETE.orders_stream")
         await server.create_streams()
         async with server.script(script, *CONSUMER[1:], "--concurrency", "2") as other:

@@ -1,9 +1,9 @@
 """How a script ends: which signals shut it down, and what happens when nobody reads its log."""
 
 import asyncio
-import os
 import signal
 import sys
+from asyncio.subprocess import STDOUT
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,14 +14,15 @@ from nats.aio.client import Client
 from tests.harness import (
     CONSUMER,
     DLQ,
+    MANAGE,
+    PATIENCE,
     PUBLISHER,
-    ROOT,
     Server,
     edited,
-    environment,
     has_in_flight,
     publish,
     started,
+    unread,
     until,
 )
 
@@ -77,19 +78,11 @@ async def test_what_nohup_started_goes_on(server: Server, nc: Client) -> None:
 
 async def test_it_shuts_down_when_nobody_reads_its_log(server: Server, nc: Client) -> None:
     await publish(nc, *(b"order-%d" % i for i in range(100)))
-    reading, writing = os.pipe()
-    command = (sys.executable, *CONSUMER, *NO_FAILURES, "--work-time", "0.1")
-    consumer = await asyncio.create_subprocess_exec(
-        *command, cwd=ROOT, env=environment(NATS_URL=server.url), stdout=writing, stderr=writing
-    )
-    os.close(writing)
-    assert b"received order-0" in await asyncio.to_thread(os.read, reading, 1000)
-    os.close(reading)
-    try:
-        assert await asyncio.wait_for(consumer.wait(), 60) == 0
-    finally:
-        if consumer.returncode is None:
-            consumer.kill()
+    command = (*CONSUMER, *NO_FAILURES, "--work-time", "0.1")
+    async with unread(server, *command, stderr=STDOUT) as (consumer, pipe):
+        assert b"received order-0" in await asyncio.to_thread(pipe.read, 1000)
+        pipe.close()
+        assert await asyncio.wait_for(consumer.wait(), PATIENCE) == 0
     info = await nc.jetstream().consumer_info("orders_stream", "processor")
     assert info.num_ack_pending == 0
     assert 0 < (info.num_pending or 0) < 100
@@ -97,12 +90,6 @@ async def test_it_shuts_down_when_nobody_reads_its_log(server: Server, nc: Clien
 
 async def test_a_second_signal_ends_it_while_its_log_is_stalled(server: Server, nc: Client) -> None:
     await publish(nc, *(b"order-%d" % i * 20 for i in range(3000)))
-    reading, writing = os.pipe()  # that nobody reads
-    command = (sys.executable, *CONSUMER, *NO_FAILURES)
-    consumer = await asyncio.create_subprocess_exec(
-        *command, cwd=ROOT, env=environment(NATS_URL=server.url), stdout=writing, stderr=writing
-    )
-    os.close(writing)
 
     async def is_stalled() -> bool:
         before = psutil.Process(consumer.pid).cpu_times()
@@ -111,20 +98,16 @@ async def test_a_second_signal_ends_it_while_its_log_is_stalled(server: Server, 
         info = await nc.jetstream().consumers_info("orders_stream")
         return bool(info) and info[0].num_ack_pending != 0 and before == after
 
-    try:
+    async with unread(server, *CONSUMER, *NO_FAILURES, stderr=STDOUT) as (consumer, _):
         await until(is_stalled)
         while consumer.returncode is None:  # the first ones are one
             with suppress(ProcessLookupError):
                 consumer.send_signal(signal.SIGTERM)
             await asyncio.sleep(0.1)
         assert await consumer.wait() == -signal.SIGTERM
-    finally:
-        os.close(reading)
-        if consumer.returncode is None:
-            consumer.kill()
 
 
-@pytest.mark.parametrize("command", [PUBLISHER, CONSUMER, DLQ, ("dlq/manage.py", "a", "b", "list")])
+@pytest.mark.parametrize("command", [PUBLISHER, CONSUMER, DLQ, (*MANAGE, "list")])
 async def test_ctrl_c_during_the_imports_leaves_no_traceback(tmp_path: Path, command: tuple[str, ...]) -> None:
     """The first import of a script takes until the signal has come."""
     (tmp_path / "argparse.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(60)\n")

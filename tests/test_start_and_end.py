@@ -16,17 +16,21 @@ from nats.aio.client import Client
 from tests.harness import (
     CONSUMER,
     DLQ,
+    MANAGE,
     PUBLISHER,
     Server,
     clustered,
+    edited,
     emptied,
     has_in_flight,
     messages,
     publish,
     request,
     serving,
+    silent_server,
     started,
     until,
+    waiting,
     with_body,
 )
 
@@ -39,29 +43,12 @@ def can_be_process_1() -> bool:
     return bool(shutil.which("unshare")) and subprocess.run([*AS_PROCESS_1, "true"], check=False).returncode == 0
 
 
-async def silent_server() -> tuple[asyncio.Server, str]:
-    """Listen, and say nothing."""
-
-    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read()
-        writer.close()
-
-    server = await asyncio.start_server(say_nothing, "127.0.0.1")
-    return server, f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-
-
-@pytest.mark.parametrize("command", [PUBLISHER, CONSUMER, DLQ, ("dlq/manage.py", "a", "b", "list")])
+@pytest.mark.parametrize("command", [PUBLISHER, CONSUMER, DLQ, (*MANAGE, "list")])
 async def test_a_signal_ends_a_script_that_is_connecting(command: tuple[str, ...]) -> None:
-    server, url = await silent_server()
-    async with started(sys.executable, *command, NATS_URL=url) as script:
-        await until(lambda: is_connected(script.process.pid))
+    async with silent_server() as url, started(sys.executable, *command, NATS_URL=url) as script:
+        await until(lambda: bool(psutil.Process(script.process.pid).net_connections("tcp")))
         assert await script.stop() == -signal.SIGTERM
     assert script.messages == ["stopped by SIGTERM"]
-    server.close()
-
-
-async def is_connected(pid: int) -> bool:
-    return bool(psutil.Process(pid).net_connections("tcp"))
 
 
 @pytest.mark.skipif(not can_be_process_1(), reason="unshare is not permitted")
@@ -77,7 +64,7 @@ async def test_a_signal_ends_process_1_at_any_moment_of_its_start(server: Server
             await script.ended()
 
 
-async def has_handler(unshare: int) -> bool:
+def has_handler(unshare: int) -> bool:
     """Return whether Python has begun to run the script, as its first child."""
     for process in psutil.Process(unshare).children():
         status = Path(f"/proc/{process.pid}/status").read_text()
@@ -103,11 +90,8 @@ async def test_a_second_signal_ends_process_1(server: Server, nc: Client) -> Non
 
 async def test_acks_that_are_not_confirmed_are_an_error(server: Server, nc: Client, tmp_path: Path) -> None:
     go = tmp_path / "go"
-    body = f"""from pathlib import Path
-    while not Path({str(go)!r}).exists():
-        await asyncio.sleep(0.05)"""
     await publish(nc, b"order-0", b"order-1")
-    script = with_body(CONSUMER[0], "process", body, tmp_path)
+    script = with_body(CONSUMER[0], "process", waiting(go), tmp_path)
     async with server.script(script, *CONSUMER[1:]) as consumer:
         await until(lambda: has_in_flight(nc, 2))
         await server.stop()
@@ -119,13 +103,15 @@ async def test_acks_that_are_not_confirmed_are_an_error(server: Server, nc: Clie
     ]
 
 
-async def test_acks_that_waited_for_the_server_for_long_are_sent(server: Server, nc: Client) -> None:
-    """After 30 s without a confirmation an ack isn't repeated, but that time begins with the connection."""
+async def test_acks_that_waited_for_the_server_for_long_are_sent(server: Server, nc: Client, tmp_path: Path) -> None:
+    """After 30 s, here 2, without a confirmation an ack isn't repeated, but that time begins with the connection."""
     await publish(nc, b"order-0")
-    async with server.script(*CONSUMER, "--failure-rate", "0", "--work-time", "1") as consumer:
+    code = "import jobqueue.worker.in_flight\njobqueue.worker.in_flight.MAX_CONFIRM_TIME = 2.0"
+    impatient = edited(CONSUMER[0], code, tmp_path)
+    async with server.script(impatient, *CONSUMER[1:], "--failure-rate", "0", "--work-time", "1") as consumer:
         await consumer.line("received .*")
         await server.stop()
-        await asyncio.sleep(33)
+        await asyncio.sleep(5)
         await server.start()
         async with server.client() as again:
             await emptied(again, "orders_stream")

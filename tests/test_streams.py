@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from nats.aio.client import Client
 
-from tests.harness import CONSUMER, DLQ, PUBLISHER, ROOT, Server, durable_info, request, serving
+from tests.harness import CONSUMER, DLQ, PUBLISHER, ROOT, Script, Server, durable_info, request, serving, started
 
 ARTICLE = {
     "subjects": ["orders.*"],
@@ -97,6 +97,13 @@ async def test_a_durable_has_the_articles_configuration(
     }
 
 
+async def run(*command: str | Path, **env: str) -> Script:
+    """Run a command that needs no server until it ends."""
+    async with started(*command, **env) as script:
+        await script.status()
+        return script
+
+
 NAMES = r"a stream needs a name without spaces, control characters and . * > / \, and without - or @ before it"
 SCRIPTS = ["scripts/create_orders_stream.sh", "scripts/create_orders_unprocessed.sh"]
 
@@ -164,17 +171,13 @@ async def test_replicas_are_what_the_variable_says(bare_server: Server, script: 
         ),
     ],
 )
-async def test_wrong_usage_of_a_stream_script(
-    bare_server: Server, script: str, arguments: list[str], line: str
-) -> None:
-    wrong = await bare_server.run(script, *arguments)
+async def test_wrong_usage_of_a_stream_script(script: str, arguments: list[str], line: str) -> None:
+    wrong = await run(script, *arguments)
     assert (wrong.process.returncode, wrong.lines) == (2, [line])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-async def test_a_stream_script_without_natscli_says_how_to_get_it(
-    bare_server: Server, tmp_path: Path, script: str
-) -> None:
+async def test_a_stream_script_without_natscli_says_how_to_get_it(tmp_path: Path, script: str) -> None:
     # The script as it is, where no .venv is beside it and no nats is on the PATH.
     (tmp_path / "scripts").mkdir()
     for file in ("natscli.sh", "help.sh", Path(script).name):
@@ -183,7 +186,7 @@ async def test_a_stream_script_without_natscli_says_how_to_get_it(
     tools.mkdir()
     for tool in ("bash", "dirname", "readlink"):
         (tools / tool).symlink_to(str(shutil.which(tool)))
-    missing = await bare_server.run(tmp_path / script, PATH=str(tools))
+    missing = await run(tmp_path / script, PATH=str(tools))
     assert missing.process.returncode == 1
     assert missing.lines == [
         "natscli (the command nats) is missing: run scripts/setup.sh, or see https://github.com/nats-io/natscli"
@@ -202,8 +205,8 @@ async def test_a_stream_script_without_natscli_says_how_to_get_it(
         ),
     ],
 )
-async def test_a_stream_script_tells_no_password(bare_server: Server, url: str, line: str) -> None:
-    script = await bare_server.run(SCRIPTS[0], NATS_URL=url)
+async def test_a_stream_script_tells_no_password(url: str, line: str) -> None:
+    script = await run(SCRIPTS[0], NATS_URL=url)
     assert script.process.returncode == 1
     assert len(script.lines) == 1
     assert line in script.lines[0]

@@ -4,6 +4,7 @@ import asyncio
 import re
 from contextlib import suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import nats.errors
 from nats.aio.client import Client as NatsClient
@@ -17,6 +18,7 @@ from jobqueue.connection.environment import Credentials
 from jobqueue.errors import Failure
 
 LARGE_MESSAGE = 32 * 1024  # bytes
+TOKEN_LENGTH = 26  # characters at the end of a request's inbox
 SERVER_ERROR = re.compile(rb"-ERR ('[^'\r\n]*')")
 
 
@@ -31,6 +33,58 @@ class Client(NatsClient):
     def __init__(self) -> None:
         super().__init__()
         self.refused_subjects: dict[str, str] = {}  # subject (in lower case, as nats-py has it): the server's message
+        self.ends_at_refusal = False  # whether `has_refused` ends all work; else requests fail
+        self.has_refused = asyncio.Event()
+        self.may_be_refused = ""  # a subject (in lower case) whose refusal is expected
+        self._requests: WeakKeyDictionary[asyncio.Future[Msg], str] = WeakKeyDictionary()  # and their subjects
+        self._is_inbox_refused = False
+
+    async def request(
+        self,
+        subject: str,
+        payload: bytes = b"",
+        timeout: float = 0.5,  # noqa: ASYNC109
+        *args: Any,
+        **kwargs: Any,
+    ) -> Msg:
+        """Keep the timeout when the server reads nothing; nats-py waits until it does.
+
+        Raise an error when the server refuses the subject or the inbox; nats-py waits until the timeout. And end when
+        cancelled; `wait_for` of Python 3.11 returns an answer that comes at the same time
+        (https://github.com/python/cpython/issues/86296).
+        """
+        if self._is_inbox_refused:
+            self._is_inbox_refused = False
+            self._resp_sub_prefix = None  # so that nats-py subscribes again: it may be permitted now
+        task = asyncio.current_task()
+        cancelling = task.cancelling() if task else 0
+        try:
+            async with asyncio.timeout(timeout):
+                answer: Msg = await super().request(subject, payload, timeout, *args, **kwargs)
+        except TimeoutError:
+            raise nats.errors.TimeoutError from None
+        finally:
+            if task and task.cancelling() > cancelling:
+                raise asyncio.CancelledError
+        self.refused_subjects.pop(subject.lower(), None)
+        return answer
+
+    def refuse(self, subject: str, why: str) -> bool:
+        """Fail the requests to a subject, or all if it is their inbox; return whether no log line is needed."""
+        is_inbox = subject == f"{(self._resp_sub_prefix or b'').decode().lower()}*"
+        self._is_inbox_refused |= is_inbox
+        is_known = subject in self.refused_subjects
+        if subject != self.may_be_refused:
+            self.refused_subjects[subject] = why
+            self.has_refused.set()
+            if self.ends_at_refusal:
+                return True
+        failing = [one for one, requested in self._requests.items() if is_inbox or requested == subject]
+        for waiting in failing:
+            if not waiting.done():
+                waiting.set_exception(Error(f"nats: {why}"))
+                waiting.exception()  # nobody has to read it
+        return bool(failing) or is_known
 
     def _connect_command(self) -> bytes:
         """Insist on TLS for a `tls://` URL, as nats.go does; nats-py would send the password in clear.
@@ -82,7 +136,12 @@ class Client(NatsClient):
     async def _send_publish(
         self, subject: str, reply: str, payload: bytes, payload_size: int, headers: dict[str, Any] | bytes | None
     ) -> None:
-        """Take a header block as it is on the wire; nats-py's headers have one value for each name, and only UTF-8."""
+        """Take a header block as it is on the wire; nats-py's headers have one value for each name, and only UTF-8.
+
+        And note which request has which subject, for `refuse`.
+        """
+        if waiting := self._resp_map.get(reply[-TOKEN_LENGTH:]):
+            self._requests[waiting] = subject.lower()
         if not isinstance(headers, bytes):
             await super()._send_publish(subject, reply, payload, payload_size, headers)
             return
@@ -101,7 +160,12 @@ class Client(NatsClient):
         await self._process_op_err(error)
 
     async def _attempt_reconnect(self) -> None:
-        """Drop what is unsent on a dead connection; nats-py waits until TCP times out, or sends it much later."""
+        """Drop what is unsent on a dead connection; nats-py waits until TCP times out, or sends it much later.
+
+        And forget what was refused: the user may have other permissions now.
+        """
+        self.refused_subjects.clear()
+        self._is_inbox_refused = False
         self.abort()
         await super()._attempt_reconnect()
 
@@ -117,75 +181,3 @@ class Client(NatsClient):
         if isinstance(self._transport, TcpTransport) and self._transport._io_writer:
             with suppress(AttributeError):  # of asyncio's, where TLS has ended already
                 self._transport._io_writer.transport.abort()
-
-
-class ScriptClient(Client):
-    """A script's connection: the first permission error ends the task that made it."""
-
-    async def request(self, *args: Any, **kwargs: Any) -> Msg:
-        """Raise CancelledError after a permission error.
-
-        `asyncio.wait_for` of Python 3.11 loses a cancellation when the answer comes at the same time
-        (https://github.com/python/cpython/issues/86296).
-        """
-        answer: Msg = await super().request(*args, **kwargs)
-        if self.refused_subjects:
-            raise asyncio.CancelledError
-        return answer
-
-
-class ProgramClient(Client):
-    """A program's connection: a permission error fails the requests to that subject."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._waiting: dict[asyncio.Future[str], str] = {}  # for each request: the future of its refusal, its subject
-        self._is_inbox_refused = False
-
-    async def request(
-        self,
-        subject: str,
-        payload: bytes = b"",
-        timeout: float = 0.5,  # noqa: ASYNC109
-        *args: Any,
-        **kwargs: Any,
-    ) -> Msg:
-        """Raise an error when the server refuses the subject or the inbox; nats-py waits until the timeout.
-
-        And keep the timeout when the server reads nothing; nats-py waits until it does.
-        """
-        if self._is_inbox_refused:
-            self._is_inbox_refused = False
-            self._resp_sub_prefix = None  # so that nats-py subscribes again: it may be permitted now
-        refusal: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._waiting[refusal] = subject.lower()
-        request = asyncio.create_task(super().request(subject, payload, timeout, *args, **kwargs))
-        request.add_done_callback(lambda task: task.cancelled() or task.exception())  # which may come too late
-        try:
-            await asyncio.wait((request, refusal), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            if refusal.done() and not request.done():
-                raise Error(f"nats: {refusal.result()}")
-            if not request.done():
-                raise nats.errors.TimeoutError
-            answer = request.result()
-        finally:
-            request.cancel()
-            del self._waiting[refusal]
-        self.refused_subjects.pop(subject.lower(), None)
-        return answer
-
-    async def _attempt_reconnect(self) -> None:
-        """Forget what was refused: the user may have other permissions now."""
-        self.refused_subjects.clear()
-        self._is_inbox_refused = False
-        await super()._attempt_reconnect()
-
-    def fail_requests(self, subject: str, why: str) -> bool:
-        """Fail the requests to a subject, or all if it is their inbox; return whether any was waiting."""
-        is_inbox = subject == f"{(self._resp_sub_prefix or b'').decode().lower()}*"
-        self._is_inbox_refused |= is_inbox
-        failing = [refusal for refusal, requested in self._waiting.items() if is_inbox or requested == subject]
-        for refusal in failing:
-            if not refusal.done():
-                refusal.set_result(why)
-        return bool(failing)

@@ -4,15 +4,15 @@ import asyncio
 import logging
 import math
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from nats.errors import Error
 from nats.js.errors import ServiceUnavailableError
 from nats.protocol.parser import PERMISSIONS_ERR
 
-from jobqueue.connection.client import Client, ProgramClient, ScriptClient
+from jobqueue.connection.client import Client
 from jobqueue.connection.environment import read_environment
 from jobqueue.connection.retrying import retry_at_start
 from jobqueue.errors import NO_JETSTREAM_CODES, Failure, describe_error
@@ -23,6 +23,9 @@ CONNECT_TIMEOUT = 10.0  # seconds until the first connect has succeeded or faile
 REFUSED_SUBJECT = re.compile(r'for (?:publish|subscription) to "([^"]*)"')
 FIRST_REPORT, MAX_REPORT_INTERVAL = 5.0, 600.0  # seconds without a connection until the log says why, then longer ones
 CLOSE_TIMEOUT = 2.0  # seconds for what is still to be sent when a connection is closed
+TICK = 0.1  # seconds
+
+T = TypeVar("T")
 
 OPTIONS: dict[str, Any] = {
     "connect_timeout": 4,  # seconds for each step of one attempt
@@ -36,13 +39,12 @@ OPTIONS: dict[str, Any] = {
 class _Events:
     """Logs a connection's events, or raises Failure if one ends the first connect."""
 
-    def __init__(self, servers: list[str], on_refused: Callable[[str, str], None], *, shows_tracebacks: bool) -> None:
+    def __init__(self, nc: Client, servers: list[str]) -> None:
         self.disconnect_reason = ""  # why the server last ended the connection
         self.is_connecting = True
         self.is_open = False
+        self._nc = nc
         self._servers = servers
-        self._on_refused = on_refused
-        self._shows_tracebacks = shows_tracebacks
         self._failed_attempts = 0
         self._now = asyncio.get_running_loop().time
         self._report_at, self._report_interval = math.inf, 0.0  # when to log why there is no connection
@@ -51,14 +53,15 @@ class _Events:
         why = describe_error(error)
         if PERMISSIONS_ERR in str(error):
             subject = found[1] if (found := REFUSED_SUBJECT.search(str(error))) else ""
-            self._on_refused(subject, why)
+            if not self._nc.refuse(subject, why):
+                log.warning("the server refused: %s", why)
             return
         if str(error).startswith("nats: '") and why != self.disconnect_reason:  # the server's own message
             self.disconnect_reason = why
             if self.is_open:
                 log.warning("the server refused the connection: %s", why)
         elif self.is_open and not isinstance(error, Error | OSError | TimeoutError):
-            log.error("a subscription's callback failed: %s", why, exc_info=error if self._shows_tracebacks else None)
+            log.error("a subscription's callback failed: %s", why, exc_info=error)
         elif self.is_open and self._now() >= self._report_at:
             self._report_interval = min(2 * self._report_interval, MAX_REPORT_INTERVAL)
             self._report_at = self._now() + self._report_interval
@@ -83,7 +86,7 @@ class _Events:
 
 
 @asynccontextmanager
-async def connect(name: str) -> AsyncIterator[Client]:
+async def connect(name: str, *, no_echo: bool = False) -> AsyncIterator[Client]:
     """Connect to NATS, yield nats-py's client, and close it.
 
     The environment names the server and the user: `NATS_URL` (one URL, or several with commas) and
@@ -98,6 +101,7 @@ async def connect(name: str) -> AsyncIterator[Client]:
     Args:
         name: the connection's name, as the server's monitoring shows it. Its inboxes are `_INBOX.<name>.>`, with `_`
             for all but ASCII letters, digits and `-`, so that a user may be permitted to read just these.
+        no_echo: whether the connection's own subscriptions don't get what it publishes.
 
     Raises:
         Failure: the first connect failed, which takes ten seconds at the most, or there is no JetStream (half a minute
@@ -107,60 +111,46 @@ async def connect(name: str) -> AsyncIterator[Client]:
         async with connect("shop") as nc:
             print(nc.connected_url.netloc)
     """
-    nc = ProgramClient()
-
-    def log_refusal(subject: str, why: str) -> None:
-        if not nc.fail_requests(subject, why) and subject not in nc.refused_subjects:
-            log.warning("the server refused: %s", why)
-        nc.refused_subjects[subject] = why
-
-    async with _opened(nc, name, log_refusal):
-        yield nc
-
-
-@asynccontextmanager
-async def connect_script(name: str) -> AsyncIterator[Client]:
-    """Connect like `connect`, but end the block at the first subject that the server refuses.
-
-    Otherwise the script would time out again and again.
-
-    Raises:
-        Failure: as `connect`, or the server refused a subject.
-    """
-    task = asyncio.current_task()
-    assert task
-    cancelling = task.cancelling()
-    nc = ScriptClient()
-
-    def end_block(subject: str, why: str) -> None:
-        if not nc.refused_subjects:
-            task.cancel()  # `ScriptClient.request` raises it again where Python 3.11 loses it
-        nc.refused_subjects[subject] = why
-
-    try:
-        async with _opened(nc, name, end_block):
-            yield nc
-    except asyncio.CancelledError:
-        if not nc.refused_subjects or task.uncancel() > cancelling:
-            raise
-        # nats-py lower-cases the server's message.
-        why = next(iter(nc.refused_subjects.values()))
-        raise Failure(f'the server refused: {why} (in lower case; see "Permissions" in docs/deployment.md)') from None
-
-
-@asynccontextmanager
-async def _opened(nc: Client, name: str, on_refused: Callable[[str, str], None]) -> AsyncIterator[None]:
+    nc = Client()
     servers, options = read_environment()
-    events = _Events(servers, on_refused, shows_tracebacks=isinstance(nc, ProgramClient))
+    events = _Events(nc, servers)
     try:
-        await _connect_first(nc, events, name, servers, options)
-        yield
+        await _connect_first(nc, events, name, servers, {**options, "no_echo": no_echo})
+        yield nc
     finally:
         events.is_open = False
         try:
             await asyncio.wait_for(nc.close(), CLOSE_TIMEOUT)
         except Exception:
             nc.abort()
+
+
+async def run_until_refused(nc: Client, work: Coroutine[Any, Any, T]) -> T:
+    """Return what a coroutine returns, but end it at the first subject that the server refuses.
+
+    Otherwise it would be refused again and again.
+
+    Raises:
+        Failure: the server has refused a subject.
+    """
+    nc.ends_at_refusal = True
+    working, refused = asyncio.create_task(work), asyncio.create_task(nc.has_refused.wait())
+    try:
+        await asyncio.wait((working, refused), return_when=asyncio.FIRST_COMPLETED)
+        _raise_if_refused(nc)
+        return working.result()
+    finally:
+        refused.cancel()
+        while not working.done():  # wait_for of Python 3.11 may swallow a cancellation
+            working.cancel()
+            await asyncio.wait((working,), timeout=TICK)
+
+
+def _raise_if_refused(nc: Client) -> None:
+    if nc.has_refused.is_set():
+        # nats-py lower-cases the server's message.
+        why = next(iter(nc.refused_subjects.values()), "a subject")
+        raise Failure(f'the server refused: {why} (in lower case; see "Permissions" in docs/deployment.md)')
 
 
 async def _connect_first(nc: Client, events: _Events, name: str, servers: list[str], options: dict[str, Any]) -> None:
@@ -173,7 +163,6 @@ async def _connect_first(nc: Client, events: _Events, name: str, servers: list[s
                 error_cb=events.on_error,
                 disconnected_cb=events.on_disconnected,
                 reconnected_cb=events.on_reconnected,
-                no_echo=isinstance(nc, ScriptClient),  # an operator listens to what others send
                 **OPTIONS,
                 **options,
             )
@@ -184,6 +173,7 @@ async def _connect_first(nc: Client, events: _Events, name: str, servers: list[s
             raise Failure(f"{', '.join(servers)} has no JetStream, or none for this account") from None
         raise Failure(f"JetStream at {', '.join(servers)}: {describe_error(error)}") from None
     except (TimeoutError, Error) as error:
+        _raise_if_refused(nc)
         raise Failure(
             f"cannot connect to {', '.join(servers)}: {events.disconnect_reason or describe_error(error)}"
         ) from None

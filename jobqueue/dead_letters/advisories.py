@@ -14,8 +14,16 @@ from nats.js.api import PubAck
 from jobqueue.jetstream.durables import Durable
 from jobqueue.jetstream.reading import StoredMessage, get_message, read_messages
 from jobqueue.jetstream.stored import parse_time
-from jobqueue.jetstream.streams import ADVISORY, REQUEST_TIMEOUT, api_request, require_connection, require_stream
-from jobqueue.script.arguments import is_name
+from jobqueue.jetstream.streams import (
+    ADVISORY,
+    REQUEST_TIMEOUT,
+    api_request,
+    dlq_command,
+    is_name,
+    queue_command,
+    require_connection,
+    require_stream,
+)
 
 ADVISORY_TYPE = "io.nats.jetstream.advisory.v1.max_deliver"
 
@@ -36,9 +44,8 @@ async def require_streams(nc: Client, dlq_stream: str, stream: str) -> None:
     Raises:
         Failure: they don't.
     """
-    await require_stream(nc, stream, ">", "scripts/create_orders_stream.sh", stream, "SUBJECTS")
-    create = ("scripts/create_orders_unprocessed.sh", dlq_stream, stream)
-    await require_stream(nc, dlq_stream, f"{ADVISORY}.{stream}.*", *create)
+    await require_stream(nc, stream, ">", queue_command(stream, "SUBJECTS"))
+    await require_stream(nc, dlq_stream, f"{ADVISORY}.{stream}.*", dlq_command(dlq_stream, stream))
 
 
 async def read_hints(nc: Client, dlq_stream: str, stream: str, after: int = 0, share: float = 1.0) -> dict[int, Hint]:

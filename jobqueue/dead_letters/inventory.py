@@ -1,21 +1,18 @@
 """All dead letters of a stream, with and without an advisory, each of them once."""
 
 import asyncio
-import base64
 from collections.abc import AsyncIterator
-from typing import Any
 
 from nats.aio.client import Client
 from nats.errors import Error
 
 from jobqueue.dead_letters.advisories import Hint, read_hints
 from jobqueue.dead_letters.counting import count_dead
-from jobqueue.dead_letters.headers import find_header, read_headers
+from jobqueue.dead_letters.letter import DeadLetter
 from jobqueue.dead_letters.searching import find_unnamed
-from jobqueue.dead_letters.verifying import CONFIRM_DELAY, DeadLetter, Verifier
+from jobqueue.dead_letters.verifying import CONFIRM_DELAY, Verifier
 from jobqueue.jetstream.durables import Durable
 from jobqueue.jetstream.reading import window_size
-from jobqueue.jetstream.stored import format_time
 from jobqueue.jetstream.tasks import run_all
 
 COUNTS = 3  # of the dead letters; under traffic one alone may be wrong
@@ -80,25 +77,3 @@ async def read_dead_letters(nc: Client, verifier: Verifier, candidates: list[Hin
         window = window_size(nc, [letter.message for letter in found])
         for letter in found:
             yield letter
-
-
-def as_json(letter: DeadLetter) -> dict[str, Any]:
-    """Return all that is known of a dead letter. A header that is repeated has a list of its values."""
-    message = letter.message
-    try:
-        payload = {"payload": message.data.decode()}
-    except UnicodeDecodeError:
-        payload = {"payload_base64": base64.b64encode(message.data).decode()}
-    headers: dict[str, Any] = {}
-    for name, value in read_headers(message.header_block):
-        headers[name] = [*headers.get(name, []), value]
-    return {
-        "sequence": message.sequence,
-        "subject": message.subject,
-        "published": format_time(message.stored_at),
-        "died": format_time(letter.died_at) if letter.died_at else None,
-        "deliveries": letter.deliveries,
-        "id": find_header(message.header_block, "Nats-Msg-Id") or None,
-        "headers": {name: values if len(values) > 1 else values[0] for name, values in headers.items()},
-        **payload,
-    }

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from nats.aio.msg import Msg
@@ -18,15 +18,16 @@ from nats.js.api import AckPolicy, ConsumerConfig
 from jobqueue.connection.client import Client
 from jobqueue.dead_letters.advisories import Hint, publish_advisory, read_hints
 from jobqueue.dead_letters.inventory import find_candidates
-from jobqueue.dead_letters.pending import delayed_nak
+from jobqueue.dead_letters.letter import DeadLetter
 from jobqueue.dead_letters.removing import redrive, remove
-from jobqueue.dead_letters.verifying import GONE, DeadLetter, Verifier
+from jobqueue.dead_letters.verifying import GONE, Verifier
 from jobqueue.errors import describe_error, printable
+from jobqueue.jetstream.acks import ACK, ack_subject, delayed_nak, parse_ack_subject
 from jobqueue.jetstream.durables import Durable, Durables, ensure_durable, shortest_ack_wait
+from jobqueue.jetstream.failures import Failures
 from jobqueue.jetstream.reading import get_message
-from jobqueue.jetstream.streams import REQUEST_TIMEOUT, ack_subject, parse_ack_subject, require_connection
+from jobqueue.jetstream.streams import REQUEST_TIMEOUT, require_connection
 from jobqueue.jetstream.tasks import run_for_each
-from jobqueue.worker.in_flight import ACK
 from jobqueue.worker.time_limit import TimeLimit
 from jobqueue.worker.worker import Worker
 
@@ -44,25 +45,20 @@ IN_FLIGHT = "a DLQ processor or another operator has it in flight"
 
 
 class Operation:
-    """Redrives dead letters, or discards them after it has called `print_first` with each.
+    """Redrives dead letters, or discards them.
 
     After the shutdown no further one is begun; `run` sets it at its end. The connection must not echo what it sends.
     """
 
     def __init__(
-        self,
-        nc: Client,
-        dlq_stream: str,
-        dlq_durable: str,
-        stream: str,
-        print_first: Callable[[DeadLetter], None] | None,
-        shutdown: asyncio.Event,
+        self, nc: Client, dlq_stream: str, dlq_durable: str, stream: str, failures: Failures, shutdown: asyncio.Event
     ) -> None:
         self.tally: Counter[str] = Counter()
         self._nc = nc
         self._dlq_stream = dlq_stream
         self._durable = dlq_durable
-        self._print_first = print_first
+        self._failures = failures
+        self._print_first: Callable[[DeadLetter], Awaitable[None]] | None = None
         self._shutdown = shutdown
         self._is_for_all = False
         self._wanted: dict[int, Hint] = {}  # by the stream sequence of an advisory
@@ -72,9 +68,14 @@ class Operation:
         self._verifier = Verifier(nc, stream)
         self._durables = Durables(nc, dlq_stream)
 
-    async def run(self, sequences: set[int]) -> None:
-        """Handle the dead letters with these sequences, or all if there are none; name those that are skipped."""
-        self._is_for_all = not sequences
+    async def run(
+        self, sequences: set[int], print_first: Callable[[DeadLetter], Awaitable[None]] | None = None
+    ) -> None:
+        """Handle the dead letters with these sequences, or all if there are none; name those that are skipped.
+
+        With `print_first`, which is called with each, they are discarded.
+        """
+        self._is_for_all, self._print_first = not sequences, print_first
         await self._verifier.pending.start(self._verifier.stream, self._dlq_stream)
         for prefix in ("$JS.ACK", "$JS.ACK.*.*"):  # both forms of ack subjects
             await self._nc.subscribe(f"{prefix}.{self._dlq_stream}.{self._durable}.>", cb=self._hear)
@@ -212,7 +213,7 @@ class Operation:
         """Redrive or discard a dead letter; after an error it may still be there."""
         sequence, order = letter.message.sequence, printable(letter.message.data)
         if self._print_first:
-            self._print_first(letter)
+            await self._print_first(letter)
             await self._check_in_flight(advisory, letter)  # whoever reads the output may have made us wait
             if not await remove(self._nc, letter):
                 raise Error(f"it {GONE}")
@@ -222,6 +223,7 @@ class Operation:
             stored = await redrive(self._nc, letter)
             log.info("redriven %s: # %d in %s is # %d now", order, sequence, letter.stream, stored)
         self.tally["done"] += 1
+        await self._failures.forget(sequence)
 
     async def _check_in_flight(self, advisory: Msg, letter: DeadLetter) -> None:
         """Raise an error if somebody else has the advisory, since we were suspended, say.

@@ -10,7 +10,8 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
-from jobqueue.jetstream.streams import REQUEST_TIMEOUT, ack_subject, require_connection
+from jobqueue.jetstream.acks import ack_subject
+from jobqueue.jetstream.streams import REQUEST_TIMEOUT, require_connection
 
 NAKED = "$JS.EVENT.ADVISORY.CONSUMER.MSG_NAKED"  # .<stream>.<consumer>
 
@@ -80,8 +81,3 @@ class Pending:
             for is_pending in self._asked.get((advisory["stream"], advisory["consumer"], advisory["stream_seq"]), ()):
                 is_pending.set()
             self._on_nak(advisory)
-
-
-def delayed_nak(seconds: float) -> bytes:
-    """Return a nak after which the message is redelivered when some seconds are over."""
-    return Msg.Ack.Nak + b' {"delay": %d}' % (seconds * 1e9)

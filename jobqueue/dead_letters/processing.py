@@ -1,12 +1,13 @@
 """A DLQ processor's work on one advisory: is its message dead? Then reprocess it, remove it, and ack the advisory."""
 
 import asyncio
+import json
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
@@ -14,12 +15,12 @@ from nats.js.errors import NotFoundError
 
 from jobqueue.connection.retrying import retry
 from jobqueue.dead_letters.advisories import Hint, parse_advisory
-from jobqueue.dead_letters.pending import delayed_nak
+from jobqueue.dead_letters.letter import DeadLetter
 from jobqueue.dead_letters.removing import remove
-from jobqueue.dead_letters.verifying import ASKED_RECENTLY, CONFIRM_DELAY, UNCONFIRMED, DeadLetter, Verifier
-from jobqueue.errors import TRANSIENT_ERRORS, describe_failure, printable
-from jobqueue.jetstream.streams import ack_subject, probe_ack
-from jobqueue.worker.in_flight import ACK, LEAVE, TERM
+from jobqueue.dead_letters.verifying import ASKED_RECENTLY, CONFIRM_DELAY, UNCONFIRMED, Verifier
+from jobqueue.errors import TRANSIENT_ERRORS, Dead, Retry, describe_attempt, printable
+from jobqueue.jetstream.acks import ACK, LEAVE, TERM, ack_subject, delayed_nak, probe_ack
+from jobqueue.jetstream.failures import Failures
 from jobqueue.worker.pulling import MAX_BYTES
 from jobqueue.worker.time_limit import TimeLimit
 
@@ -40,9 +41,10 @@ class Processing:
 
     nc: Client
     verifier: Verifier
-    reprocess: Callable[[Msg], Coroutine[Any, Any, None]]
+    reprocess: Callable[[Msg], Awaitable[None]]
     time_limit: TimeLimit
     shutdown: asyncio.Event
+    failures: Failures
     tally: Counter[str] = field(default_factory=Counter)
     _proven_on: int = -1  # the connection's reconnects when an answer of the server was heard
     _in_progress: set[int] = field(default_factory=set)  # the messages that are being reprocessed here
@@ -111,16 +113,24 @@ class Processing:
     async def _process(self, hint: Hint, letter: DeadLetter, attempt: int) -> bytes:
         order = printable(letter.message.data)
         log.info("reprocessing order %s", order)
-        error = await self.time_limit.run(self.reprocess(await letter.as_delivered(self.nc)))
-        if not error:
+        message = await letter.as_delivered(self.nc)
+        error = await self.time_limit.run(self.reprocess(message))
+        if error:
+            self.tally["failed"] += 1
+            log.error("error reprocessing order %s%s", order, describe_attempt(error, attempt, 0, hint.sequence))
+        if isinstance(error, Dead):
+            log.error("discarded: %s", json.dumps(letter.as_json()))
+        elif error:
+            await self.failures.report(message, error, attempt)
+            delay = min(MIN_DELAY * 2.0 ** min(attempt - 1, 10), MAX_DELAY)
+            if isinstance(error, Retry) and error.delay is not None:
+                delay = error.delay
+            log.error("%s stays in %s; next attempt in %g s", order, letter.stream, delay)
+            return delayed_nak(delay)
+        else:
             self.tally["done"] += 1
-            await self._retry(hint, lambda: remove(self.nc, letter))
-            return ACK
-        self.tally["failed"] += 1
-        log.error("error reprocessing order %s: %s", order, describe_failure(error, attempt, 0, hint.sequence))
-        delay = min(MIN_DELAY * 2.0 ** min(attempt - 1, 10), MAX_DELAY)
-        log.error("%s stays in %s; next attempt in %g s", order, letter.stream, delay)
-        return delayed_nak(delay)
+        await self._retry(hint, lambda: remove(self.nc, letter))
+        return ACK
 
     async def _retry(self, hint: Hint, call: Callable[[], Awaitable[T]]) -> T:
         # A transient error must not cost an attempt, so it is waited out here.

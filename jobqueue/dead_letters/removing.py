@@ -10,11 +10,12 @@ from nats.js.errors import APIError
 
 from jobqueue.connection.retrying import retry
 from jobqueue.dead_letters.headers import find_header, without_instructions
-from jobqueue.dead_letters.verifying import GONE, DeadLetter
+from jobqueue.dead_letters.letter import DeadLetter
+from jobqueue.dead_letters.verifying import GONE
 from jobqueue.errors import describe_error
+from jobqueue.jetstream.acks import ACK, ack_subject
 from jobqueue.jetstream.reading import get_message
-from jobqueue.jetstream.streams import REQUEST_TIMEOUT, ack_subject, require_connection
-from jobqueue.worker.in_flight import ACK
+from jobqueue.jetstream.streams import REQUEST_TIMEOUT, require_connection
 
 REDRIVE_TIMEOUT = 20.0  # seconds; well within the duplicate window
 

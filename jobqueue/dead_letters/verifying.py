@@ -1,16 +1,16 @@
 """Is a message dead? By the server's own word, whatever an advisory says."""
 
 import asyncio
-from typing import Any, NamedTuple
+from typing import Any
 
 from nats.aio.client import Client
-from nats.aio.msg import Msg
 
 from jobqueue.dead_letters.advisories import Hint
-from jobqueue.dead_letters.pending import Pending, delayed_nak
+from jobqueue.dead_letters.letter import DeadLetter
+from jobqueue.dead_letters.pending import Pending
+from jobqueue.jetstream.acks import delayed_nak
 from jobqueue.jetstream.durables import Durable, Durables
-from jobqueue.jetstream.reading import StoredMessage, get_message
-from jobqueue.jetstream.streams import ack_subject
+from jobqueue.jetstream.reading import get_message
 
 CONFIRM_DELAY = 2.5  # seconds; on replicas, it may take so long until what was acked has left the stream
 MAX_TIMER_LATENESS = 1.0  # seconds, of the server
@@ -23,22 +23,6 @@ GONE = "is gone"
 # What will be certain at a later look:
 UNCONFIRMED = "may just have been acked"
 ASKED_RECENTLY = "was pending when the server was asked, and is not asked about again yet"
-
-
-class DeadLetter(NamedTuple):
-    """A message that is dead, as it was seen just now."""
-
-    stream: str
-    durable: Durable  # which has delivered it
-    deliveries: int
-    died_at: int  # nanoseconds; 0 if that isn't known
-    message: StoredMessage
-
-    async def as_delivered(self, nc: Client) -> Msg:
-        """Return the message as its consumer got it in its last delivery."""
-        message, headers = self.message, await nc._process_headers(self.message.header_block)
-        reply = ack_subject(self.stream, self.durable.name, self.deliveries, message.sequence, 0, message.stored_at)
-        return Msg(nc, message.subject, reply, message.data, headers or None)
 
 
 class Verifier:

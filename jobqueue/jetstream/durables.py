@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from contextlib import suppress
 from typing import Any
 
@@ -19,6 +20,7 @@ CONSUMER_NOT_FOUND, CONSUMER_EXISTS, MAX_ACK_PENDING_TOO_HIGH = 10014, 10148, 10
 UNUSABLE_FIELDS = ("deliver_subject", "priority_groups", "headers_only")  # of a durable
 DURABLE_VALID_FOR = 0.5  # seconds
 DEFAULT_MAX_ACK_PENDING = 1000  # the server's
+LONGEST_DELAY = "nats_job_queue.longest_delay"  # in a durable's metadata: of its messages that wait for a retry
 
 
 async def ensure_durable(nc: Client, stream: str, config: ConsumerConfig, *, update: bool = False) -> dict[str, Any]:
@@ -88,6 +90,41 @@ async def _configure(nc: Client, subject: str, request: dict[str, Any]) -> dict[
         return await api_request(nc, subject, request)
 
 
+async def note_delay(nc: Client, stream: str, config: ConsumerConfig, seconds: float) -> None:
+    """Note in a durable's metadata how long its messages wait for a retry, if that is longer than ever before.
+
+    Whoever looks for dead letters waits for that long before it asks about a message.
+
+    Args:
+        nc: the connection.
+        stream: the stream's name.
+        config: the durable's configuration, in which it is noted, too.
+        seconds: the delay; noted is the next power of two, so that it is seldom written.
+
+    Raises:
+        nats.errors.Error: the request timed out or was refused.
+    """
+    noted = 2.0 ** math.ceil(math.log2(max(seconds, 1.0)))
+    if noted <= longest_delay(config.metadata):
+        return
+    info = await api_request(nc, f"CONSUMER.INFO.{stream}.{config.durable_name}")
+    current = info["config"]
+    metadata = {LONGEST_DELAY: f"{max(noted, longest_delay(current.get('metadata'))):g}"}
+    current["metadata"] = (current.get("metadata") or {}) | metadata
+    subject = f"CONSUMER.CREATE.{stream}.{config.durable_name}"
+    subject += f".{config.filter_subject}" if config.filter_subject else ""
+    await _configure(nc, subject, {"stream_name": stream, "config": current, "action": "update"})
+    config.metadata = metadata
+
+
+def longest_delay(metadata: dict[str, str] | None) -> float:
+    """Return the longest delay, in seconds, that a durable's metadata tells."""
+    try:
+        return float((metadata or {}).get(LONGEST_DELAY, 0))
+    except ValueError:
+        return 0.0
+
+
 def shortest_ack_wait(config: dict[str, Any]) -> float:
     """Return the seconds until a message of a durable is redelivered unless there is a heartbeat."""
     return float(min(config.get("backoff") or [config["ack_wait"]])) / 1e9
@@ -144,8 +181,9 @@ class Durable:
 
     @property
     def longest_wait(self) -> float:
-        """The seconds that a message waits for a retry at most, by the durable's own configuration."""
-        return float(max(self.config.get("backoff") or [self.config["ack_wait"]])) / 1e9
+        """The seconds that a message waits for a retry at most."""
+        by_server = float(max(self.config.get("backoff") or [self.config["ack_wait"]])) / 1e9
+        return max(by_server, longest_delay(self.config.get("metadata")))
 
     def takes(self, subject: str) -> bool:
         """Return whether its filter matches a message's subject."""

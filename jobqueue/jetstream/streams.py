@@ -3,22 +3,21 @@
 import json
 import logging
 import shlex
-from typing import Any
+from typing import Any, TypeGuard
 
 from nats.aio.client import Client
-from nats.aio.msg import Msg
 from nats.errors import ConnectionReconnectingError, Error
 from nats.js.errors import APIError, NotFoundError
 
 from jobqueue.connection.retrying import retry_at_start
-from jobqueue.errors import Failure, describe_error, printable
+from jobqueue.errors import TRANSIENT_ERRORS, Failure, describe_error, printable
 
 log = logging.getLogger(__name__)
 
+MAX_NAME = 255  # characters
 ADVISORY = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES"  # .<stream>.<consumer>
 API_TIMEOUT = 1.0  # seconds
 REQUEST_TIMEOUT = 5.0  # seconds for what a single attempt must not lose: a publish, an ack
-VERSION_1_TOKENS = 9  # of an ack subject; version 2 has a domain and an account's hash before the stream
 
 
 async def api_request(
@@ -59,7 +58,7 @@ def require_connection(nc: Client, reconnects: int) -> None:
         raise ConnectionReconnectingError
 
 
-async def require_stream(nc: Client, stream: str, subject: str, *command: str) -> None:
+async def require_stream(nc: Client, stream: str, subject: str, command: str) -> None:
     """Check that a stream exists, and that it may have messages of a subject, which may have wildcards.
 
     Raises:
@@ -68,7 +67,7 @@ async def require_stream(nc: Client, stream: str, subject: str, *command: str) -
     try:
         info = await retry_at_start(lambda: api_request(nc, f"STREAM.INFO.{stream}"), stream)
     except NotFoundError:
-        raise Failure(f"there is no stream {stream}: create it with {shlex.join(command)}") from None
+        raise Failure(f"there is no stream {stream}: create it with {command}") from None
     config = info["config"]
     subjects = config.get("subjects") or [">"]  # a mirror has those of its origin
     if any(subjects_overlap(subject, other) for other in subjects):
@@ -77,6 +76,16 @@ async def require_stream(nc: Client, stream: str, subject: str, *command: str) -
     if not any(config.get(field) for field in ("sources", "subject_transform")):
         raise Failure(wrong)
     log.warning("%s, and those that it gets by its sources or transform", wrong)
+
+
+def is_subject(value: str) -> bool:
+    """Return whether a value can be a subject, by the server's rules."""
+    return value.isprintable() and " " not in value and all(value.split("."))
+
+
+def is_name(value: object) -> TypeGuard[str]:
+    """Return whether a value can be the name of a stream or a consumer, by the server's rules."""
+    return isinstance(value, str) and is_subject(value) and len(value) <= MAX_NAME and not set(value) & set(".*>/\\")
 
 
 def subjects_overlap(one: str, other: str) -> bool:
@@ -90,33 +99,43 @@ def subjects_overlap(one: str, other: str) -> bool:
     return len(tokens) == len(others)
 
 
-def ack_subject(stream: str, durable: str, deliveries: int, sequence: int, consumer_seq: int = 0, time: int = 0) -> str:
-    """Return the ack subject of a delivery (version 1, which every server takes); a field that nobody reads may be 0.
+async def require_stream_for(nc: Client, subject: str) -> None:
+    """Check that a stream takes a subject. A publish alone cannot tell that from a stream without a leader.
 
     Args:
-        stream: the stream's name.
-        durable: the durable's name.
-        deliveries: how often the message had been delivered, this delivery included.
-        sequence: the message's stream sequence.
-        consumer_seq: the number of the delivery among all of the durable.
-        time: when the message was stored, in nanoseconds.
+        nc: the connection, from `connect`.
+        subject: the subject to publish to.
+
+    Raises:
+        Failure: no stream takes it, or the server refuses to tell.
+
+    Example:
+        async with connect("shop") as nc:
+            await require_stream_for(nc, "orders.new")
     """
-    return f"$JS.ACK.{stream}.{durable}.{deliveries}.{sequence}.{consumer_seq}.{time}.0"
+    try:
+        found = await api_request(nc, "STREAM.NAMES", {"subject": subject})
+    except TRANSIENT_ERRORS:
+        return  # publishing tries again
+    except Error as error:
+        raise Failure(f"cannot tell whether a stream takes {subject}: {describe_error(error)}") from None
+    if not found["streams"]:
+        raise Failure(f"no stream takes the subject {subject}: create one with {queue_command('STREAM', subject)}")
 
 
-def parse_ack_subject(subject: str) -> tuple[int, int, int]:
-    """Return a delivery's stream sequence, when its message was stored, in nanoseconds, and its consumer sequence.
-
-    Source: https://github.com/nats-io/nats-architecture-and-design/blob/main/adr/ADR-15.md (both versions).
-    """
-    tokens = subject.split(".")
-    at = 5 if len(tokens) == VERSION_1_TOKENS else 7
-    return int(tokens[at]), int(tokens[at + 2]), int(tokens[at + 1])
+def queue_command(stream: str, subjects: str) -> str:
+    """Return what creates a work queue: the script in a clone, or natscli."""
+    return _command("scripts/create_orders_stream.sh", stream, subjects, subjects)
 
 
-async def probe_ack(nc: Client, subject: str) -> None:
-    """Send a heartbeat, so that the server refuses at once an ack subject that this user may not publish to."""
-    await nc.publish(subject, Msg.Ack.Progress)
+def dlq_command(dlq_stream: str, stream: str) -> str:
+    """Return what creates the dead letter queue of a stream: the script in a clone, or natscli."""
+    return _command("scripts/create_orders_unprocessed.sh", dlq_stream, stream, f"{ADVISORY}.{stream}.*")
+
+
+def _command(script: str, stream: str, argument: str, subjects: str) -> str:
+    natscli = ("nats", "stream", "add", stream, f"--subjects={subjects}", "--retention=work", "--defaults")
+    return f"{shlex.join((script, stream, argument))}, or `{shlex.join(natscli)}`"
 
 
 async def warn_if_lost(nc: Client, stream: str, durable: str) -> None:
@@ -126,10 +145,9 @@ async def warn_if_lost(nc: Client, stream: str, durable: str) -> None:
         await nc.jetstream().find_stream_name_by_subject(advisory)
     except NotFoundError:
         log.warning(
-            "no stream keeps the advisories %s: dead letters will go unnoticed, until you create one with "
-            "scripts/create_orders_unprocessed.sh DLQ_STREAM %s",
+            "no stream keeps the advisories %s: dead letters will go unnoticed, until you create one with %s",
             advisory,
-            stream,
+            dlq_command("DLQ_STREAM", stream),
         )
     except Error as error:
         log.warning("cannot tell whether a stream keeps the advisories %s: %s", advisory, describe_error(error))

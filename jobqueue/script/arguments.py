@@ -4,9 +4,10 @@ import argparse
 import math
 import re
 from collections.abc import Callable
-from typing import NoReturn, TypeGuard
+from typing import NoReturn
 
 from jobqueue.errors import printable
+from jobqueue.jetstream.streams import is_name, is_subject
 
 EPILOG = """
 environment:
@@ -42,7 +43,7 @@ def subject(value: str) -> str:
     """Check a subject to publish to."""
     return (
         value
-        if _is_subject(value) and not set(value) & set("*>")
+        if is_subject(value) and not set(value) & set("*>")
         else _refuse(value, "subject to publish to, such as orders.new")
     )
 
@@ -50,18 +51,13 @@ def subject(value: str) -> str:
 def subject_filter(value: str) -> str:
     """Check a subject that may have wildcards."""
     return (
-        value if _is_subject(value) and FILTER.fullmatch(value) else _refuse(value, "subject filter, such as orders.*")
+        value if is_subject(value) and FILTER.fullmatch(value) else _refuse(value, "subject filter, such as orders.*")
     )
 
 
 def stream_name(value: str) -> str:
     """Check a stream's name."""
     return value if is_name(value) else _refuse(value, "name of a stream")
-
-
-def is_name(value: object) -> TypeGuard[str]:
-    """Return whether a value can be the name of a stream or a consumer, by the server's rules."""
-    return isinstance(value, str) and _is_subject(value) and len(value) <= 255 and not set(value) & set(".*>/\\")
 
 
 def whole_number(low: int, high: float = math.inf) -> Callable[[str], int]:
@@ -89,10 +85,6 @@ def number(low: float, high: float = math.inf) -> Callable[[str], float]:
         _refuse(value, f"number {_range(low, high)}")
 
     return check
-
-
-def _is_subject(value: str) -> bool:
-    return value.isprintable() and " " not in value and all(value.split("."))
 
 
 def _range(low: float, high: float) -> str:

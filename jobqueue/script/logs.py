@@ -11,13 +11,15 @@ from typing import Any, ClassVar
 NOBODY_READS = (errno.EPIPE, errno.EIO)  # a pipe whose reader has ended; a terminal that was closed
 
 
-def set_up_logging(log: logging.Logger) -> None:
-    """Send the lines of the script's logger and of jobqueue's to standard error."""
+def set_up_logging() -> None:
+    """Send the script's and jobqueue's lines to standard error, unless the root logger has a handler."""
+    if logging.getLogger().handlers:
+        return
     handler = _Handler()
     handler.setFormatter(_Formatter("%(asctime)s %(message)s"))
     logging.getLogger().addHandler(handler)
-    names = [name for name in log.manager.loggerDict if name.partition(".")[0] == "jobqueue"]
-    for own in (log, *map(logging.getLogger, names)):
+    names = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "jobqueue"]
+    for own in map(logging.getLogger, ["__main__", *names]):
         own.setLevel(logging.INFO)
         own.findCaller = lambda *_: ("", 0, "", None)  # type: ignore[method-assign]
         own.makeRecord = _Record  # type: ignore[method-assign, assignment]
@@ -35,8 +37,8 @@ class _Handler(logging.StreamHandler[Any]):
             super().handleError(record)
             return
         on_signal = signal.getsignal(signal.SIGTERM)
-        if callable(on_signal):  # within `shutdown_on_signal`
-            on_signal(signal.SIGHUP, None)  # which never counts as a second signal
+        if callable(on_signal):  # `shutdown_on_signal` or `run` has set it
+            on_signal(getattr(signal, "SIGHUP", signal.SIGTERM), None)  # SIGHUP never counts as a second signal
             # Python ends with exit status 120 when it can't flush this file at the end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 

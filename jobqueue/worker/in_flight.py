@@ -9,14 +9,9 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error
 
-from jobqueue.jetstream.streams import parse_ack_subject
+from jobqueue.jetstream.acks import LEAVE, NAK, parse_ack_subject
 
 log = logging.getLogger(__name__)
-
-ACK = Msg.Ack.Ack
-TERM = Msg.Ack.Term
-NAK = Msg.Ack.Nak  # redelivered at once, or after a delay that may follow; after the last delivery it is a dead letter
-LEAVE = b""  # no ack at all: redelivered after the back-off
 
 CONFIRM_TIMEOUT = 1.0  # seconds until an unconfirmed ack is sent again
 MAX_CONFIRM_TIME = 30.0  # seconds until an unconfirmed ack is no longer sent again
@@ -196,7 +191,9 @@ class Registry:
     async def send_heartbeats(self, entries: Iterable[Entry] | None = None) -> None:
         """Let the ack wait of some messages, or all, begin again, unless the user's own work has acked or nak'd it."""
         for entry in list(self._entries.values() if entries is None else entries):
-            if entry in self and self._may_send(entry) and not entry.message.is_acked:
+            # After a nak it would end the delay.
+            is_nakd = entry.message.is_acked or entry.ack.startswith(NAK)
+            if entry in self and self._may_send(entry) and not is_nakd:
                 await self._nc.publish(entry.ack_subject, Msg.Ack.Progress)
 
     def _send_heartbeat_soon(self, entry: Entry) -> None:

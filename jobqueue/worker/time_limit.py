@@ -1,7 +1,7 @@
 """A limit on the time that a user's own work may take."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Awaitable
 from contextlib import suppress
 from typing import Any
 
@@ -21,7 +21,7 @@ class TimeLimit:
         self._cancelled_at: dict[asyncio.Task[Any], float] = {}  # of what still runs after its deadline
         self._is_closed = False
 
-    async def run(self, work: Coroutine[Any, Any, None]) -> BaseException | None:
+    async def run(self, work: Awaitable[None]) -> BaseException | None:
         """Await the work and return what it raised, even a SystemExit or a CancelledError of its own, or None."""
         task = asyncio.current_task(self._loop)
         assert task

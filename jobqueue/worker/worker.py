@@ -1,10 +1,12 @@
 """A process's share of the work on a durable: request, queue, process, ack."""
 
 import asyncio
+import inspect
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from nats.aio.msg import Msg
@@ -14,9 +16,10 @@ from nats.js.api import ConsumerConfig
 from jobqueue.connection.client import Client
 from jobqueue.connection.retrying import retry_at_start
 from jobqueue.errors import Failure, describe_error
+from jobqueue.jetstream.acks import LEAVE, ack_subject, probe_ack
 from jobqueue.jetstream.durables import ensure_durable, has_replicas, shortest_ack_wait
-from jobqueue.jetstream.streams import ack_subject, api_request, probe_ack
-from jobqueue.worker.in_flight import LEAVE, Entry, Registry
+from jobqueue.jetstream.streams import api_request, is_name
+from jobqueue.worker.in_flight import Entry, Registry
 from jobqueue.worker.pulling import Prefetch, PullRequests
 from jobqueue.worker.recovery import Recovery
 from jobqueue.worker.time_limit import TimeLimit
@@ -24,10 +27,25 @@ from jobqueue.worker.time_limit import TimeLimit
 log = logging.getLogger(__name__)
 
 TICK = 0.1  # seconds between two rounds of housekeeping
+MAX_CONCURRENCY = 500  # messages at a time
 MAX_STALL = 1.0  # seconds of a blocked event loop, after which answers that have arrived may be unread
 SHUTDOWN_CONFIRM_TIME = 10.0  # seconds for the last acks to be confirmed
 
 Handle = Callable[[Msg], Awaitable[bytes]]
+
+
+def check_arguments(work: Callable[..., Any], concurrency: int, time_limit: float, *names: str) -> None:
+    """Raise TypeError or ValueError for what would fail with each message."""
+    function = work.func if isinstance(work, partial) else work
+    if inspect.isfunction(function) and function.__name__ != "<lambda>" and not inspect.iscoroutinefunction(function):
+        raise TypeError(f"{function.__name__} must be a coroutine function: async def {function.__name__}(...)")
+    if not 1 <= concurrency <= MAX_CONCURRENCY:
+        raise ValueError(f"concurrency is from 1 to {MAX_CONCURRENCY}, not {concurrency!r}")
+    if not time_limit > 0:
+        raise ValueError(f"a time limit is above 0 seconds, not {time_limit!r}")
+    for name in names:
+        if not is_name(name):
+            raise ValueError(f"{name!r} can't be the name of a stream or a durable")
 
 
 class Worker:
@@ -65,7 +83,7 @@ class Worker:
 
     @property
     def in_flight(self) -> int:
-        """How many messages are in flight; after `run`: how many acks the server has not confirmed."""
+        """How many messages are in flight."""
         return len(self._registry)
 
     async def run(self, shutdown: asyncio.Event) -> Counter[bytes]:
@@ -122,8 +140,11 @@ class Worker:
         deadline = asyncio.get_running_loop().time() + SHUTDOWN_CONFIRM_TIME
         while self._registry and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(TICK / 10)
+
+    def require_confirmed(self) -> None:
+        """Raise Failure if the server has not confirmed all acks until the end."""
         if self._registry:
-            log.warning("%d messages may be redelivered: their acks are not confirmed", len(self._registry))
+            raise Failure(f"{len(self._registry)} messages may be redelivered: their acks are not confirmed")
 
     async def _pull(self) -> None:
         """Send a pull request for the rest once half of what may be requested has come."""

@@ -1,0 +1,87 @@
+"""Why messages died: an optional stream keeps the last reason of each, on a subject of its own."""
+
+import base64
+import json
+from contextlib import suppress
+from typing import NamedTuple
+
+from nats.aio.msg import Msg
+from nats.errors import Error
+from nats.js.errors import NotFoundError
+
+from jobqueue.connection.client import Client
+from jobqueue.errors import describe_error
+from jobqueue.jetstream.acks import parse_ack_subject
+from jobqueue.jetstream.stored import parse_time
+from jobqueue.jetstream.streams import api_request
+
+SUBJECT = "failures"  # .<stream>.<stream sequence>
+
+
+class Reason(NamedTuple):
+    """Why the last attempt at a message failed."""
+
+    text: str
+    attempt: int
+    failed_at: int  # nanoseconds
+
+
+class Failures:
+    """The reasons of a stream's messages. Without a stream that keeps them (`kept_in` is "") it does nothing."""
+
+    def __init__(self, nc: Client, stream: str, kept_in: str) -> None:
+        self._nc = nc
+        self._stream = stream
+        self._kept_in = kept_in
+
+    @property
+    def are_kept(self) -> bool:
+        """Whether there is a stream that keeps them."""
+        return bool(self._kept_in)
+
+    @classmethod
+    async def find(cls, nc: Client, stream: str) -> "Failures":
+        """Look for the stream that keeps the reasons. For a user who may not do that, there is none."""
+        kept_in = ""
+        nc.may_be_refused = "$js.api.stream.names"
+        with suppress(Error, TimeoutError):
+            names = await api_request(nc, "STREAM.NAMES", {"subject": f"{SUBJECT}.{stream}.*"})
+            kept_in = next(iter(names["streams"] or []), "")
+        nc.may_be_refused = ""
+        return cls(nc, stream, kept_in)
+
+    async def report(self, message: Msg, error: BaseException, attempt: int) -> None:
+        """Keep the reason of a failed attempt. Nobody waits until it is stored: the log has the reason, too."""
+        if self._kept_in:
+            sequence, stored_at, _ = parse_ack_subject(message.reply)
+            reason = {"reason": describe_error(error), "attempt": attempt, "stored_at": stored_at}
+            with suppress(Error):
+                await self._nc.publish(self._subject(sequence), json.dumps(reason).encode())
+
+    async def read(self, sequence: int, stored_at: int) -> Reason | None:
+        """Return the reason of the message with a stream sequence that was stored then, in nanoseconds; None without.
+
+        Raises:
+            nats.errors.Error: the request timed out.
+        """
+        if not self._kept_in:
+            return None
+        try:
+            request = {"last_by_subj": self._subject(sequence)}
+            found = (await api_request(self._nc, f"STREAM.MSG.GET.{self._kept_in}", request))["message"]
+        except NotFoundError:
+            return None
+        with suppress(ValueError, KeyError, TypeError):  # anybody may have written it
+            reason = json.loads(base64.b64decode(found["data"]))
+            if reason["stored_at"] == stored_at:  # else it is of a stream that was deleted
+                return Reason(str(reason["reason"]), int(reason["attempt"]), parse_time(found["time"]))
+        return None
+
+    async def forget(self, sequence: int) -> None:
+        """Remove the reason of a message. If that fails, it goes when the stream's maximum age is over."""
+        if self._kept_in:
+            with suppress(Error, TimeoutError):
+                await api_request(self._nc, f"STREAM.PURGE.{self._kept_in}", {"filter": self._subject(sequence)})
+
+    def _subject(self, sequence: int) -> str:
+        return f"{SUBJECT}.{self._stream}.{sequence}"

@@ -1,0 +1,151 @@
+"""Consuming a work queue: what a process does with each message of a stream."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from nats.aio.msg import Msg
+from nats.errors import Error
+from nats.js.api import AckPolicy, ConsumerConfig
+
+from jobqueue.connection.client import Client
+from jobqueue.connection.connecting import connect, run_until_refused
+from jobqueue.errors import Dead, Retry, describe_attempt, printable
+from jobqueue.jetstream.acks import ACK, LEAVE, NAK, delayed_nak
+from jobqueue.jetstream.durables import Durables, note_delay
+from jobqueue.jetstream.failures import Failures
+from jobqueue.jetstream.streams import queue_command, require_stream, warn_if_lost
+from jobqueue.worker.shutdown import shutdown_on_signal
+from jobqueue.worker.time_limit import TimeLimit
+from jobqueue.worker.worker import Worker, check_arguments
+
+log = logging.getLogger(__name__)
+
+MAX_ACK_PENDING = 100_000  # messages in flight or waiting for a retry; while there are more, no new ones are delivered
+MAX_DEAD = 10_000  # messages that are remembered
+
+
+async def consume(
+    stream: str,
+    subject_filter: str,
+    process: Callable[[Msg], Awaitable[None]],
+    *,
+    durable: str = "processor",
+    description: str = "",
+    backoff: Sequence[float] = (5.0,),
+    max_deliver: int = 2,
+    max_ack_pending: int = MAX_ACK_PENDING,
+    concurrency: int = 1,
+    time_limit: float = 600.0,
+    shutdown: asyncio.Event | None = None,
+) -> None:
+    """Process the messages of a work queue until SIGINT or SIGTERM; any number of processes share the work.
+
+    At the signal it takes no more messages, finishes those in flight, and waits until their acks are confirmed. It
+    creates the durable consumer, or changes these fields of it.
+
+    Args:
+        stream: the stream's name.
+        subject_filter: the subjects to process, such as "orders.*".
+        process: your own work on one message. It returns when that is done, and raises an exception when it failed:
+            `Retry` or `Dead` if that may happen, any other with its traceback. The message may be redelivered, after a
+            failure or a crash.
+        durable: the durable's name.
+        description: the durable's description.
+        backoff: seconds until a message that was not acked is redelivered, after each attempt; the last one is for all
+            further ones. The first one is also the ack wait: after a process is killed it takes so long until others
+            get its messages.
+        max_deliver: after so many attempts the message is a dead letter. Must be more than there are back-offs.
+        max_ack_pending: messages in flight or waiting for a retry, in all processes. While there are more, no new ones
+            are delivered.
+        concurrency: messages that are processed at a time.
+        time_limit: seconds for `process`; then it is cancelled, and has failed.
+        shutdown: an event of your own that begins the graceful shutdown; signals set it too.
+
+    Raises:
+        Failure: there is no connection or no such stream, the durable can't be used, the server refuses a subject, or
+            acks are not confirmed at the end.
+        TypeError, ValueError: an argument is malformed.
+
+    Example:
+        async def process(order):
+            print(order.data)
+
+        run(consume("orders_stream", "orders.*", process, backoff=[2, 10], max_deliver=3, concurrency=16))
+    """
+    check_arguments(process, concurrency, time_limit, stream, durable)
+    config = ConsumerConfig(
+        name=durable,
+        durable_name=durable,
+        description=description or None,
+        backoff=list(backoff),
+        max_deliver=max_deliver,
+        max_ack_pending=max_ack_pending,
+        filter_subject=subject_filter,
+        ack_policy=AckPolicy.EXPLICIT,
+    )
+
+    async def work(nc: Client) -> None:
+        await require_stream(nc, stream, subject_filter, queue_command(stream, subject_filter))
+        await warn_if_lost(nc, stream, durable)
+        limit, failures = TimeLimit(time_limit), await Failures.find(nc, stream)
+        handler = _Handler(nc, stream, config, process, limit, failures)
+        worker = Worker(nc, stream, config, handler.handle, concurrency, limit)
+        with shutdown_on_signal(lambda: f"{worker.in_flight} orders in flight", shutdown) as event:
+            tally = await worker.run(event)
+        log.info("stopped: %d orders processed, %d deliveries failed", tally[ACK], tally.total() - tally[ACK])
+        worker.require_confirmed()
+
+    async with connect(f"consumer_{stream}", no_echo=True) as nc:
+        await run_until_refused(nc, work(nc))
+
+
+@dataclass
+class _Handler:
+    """Processes a message, and decides how to ack it: a failed one not at all, so that it is redelivered."""
+
+    nc: Client
+    stream: str
+    config: ConsumerConfig
+    process: Callable[[Msg], Awaitable[None]]
+    time_limit: TimeLimit
+    failures: Failures
+    _dead: dict[int, Dead] = field(default_factory=dict)  # by stream sequence, while they have attempts left
+
+    def __post_init__(self) -> None:
+        self._durables = Durables(self.nc, self.stream)
+        self._max_deliver = self.config.max_deliver or 0
+        self._durable = self.config.durable_name or ""
+
+    async def handle(self, message: Msg) -> bytes:
+        """Process a message and return its ack."""
+        sequence, attempt = message.metadata.sequence.stream, message.metadata.num_delivered
+        error: BaseException | None = self._dead.pop(sequence, None) if attempt > 1 else None
+        if not error:
+            error = await self.time_limit.run(self.process(message))
+            if not error:
+                return ACK
+            log.warning(
+                "error processing %s%s",
+                printable(message.data),
+                describe_attempt(error, attempt, self._max_deliver, sequence),
+            )
+            if message.is_acked:  # by `order.nak()` in `process`, say: then that counts
+                return LEAVE
+        has_limit = await self._durables.has_max_deliver(self._durable, self._max_deliver)
+        if has_limit and attempt >= self._max_deliver:
+            log.error("%s will be processed via DLQ", printable(message.data))
+            await self.failures.report(message, error, attempt)
+            return NAK  # so that the server publishes the advisory at once, and not after the back-off
+        if has_limit and isinstance(error, Dead):
+            if len(self._dead) >= MAX_DEAD:
+                del self._dead[next(iter(self._dead))]
+            self._dead[sequence] = error
+            return NAK  # until it has no attempt left
+        if isinstance(error, Retry) and error.delay is not None:
+            with suppress(Error, TimeoutError):
+                await note_delay(self.nc, self.stream, self.config, error.delay)
+            return delayed_nak(error.delay)
+        return LEAVE

@@ -1,0 +1,146 @@
+"""Signals: the first one begins a graceful shutdown, a second one ends the process at once."""
+
+import asyncio
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+# Windows has no SIGHUP.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+SAME_SIGNAL_TIME = 0.2  # seconds in which a repeated signal counts as the same one
+PROGRESS_INTERVAL = 10.0  # seconds between two lines about what holds up the exit
+
+
+@contextmanager
+def shutdown_on_signal(
+    describe_work: Callable[[], str], shutdown: asyncio.Event | None = None
+) -> Iterator[asyncio.Event]:
+    """Within the block, let the first SIGINT, SIGTERM or SIGHUP set an event, and a second one end the process at once.
+
+    Several blocks may be open at a time: a signal is for all of them. Signals are left alone in another thread than the
+    main one.
+
+    Args:
+        describe_work: returns what is still to be finished, for the log.
+        shutdown: the event; by default a new one.
+
+    Yields:
+        The event.
+
+    Example:
+        with shutdown_on_signal(lambda: "the report") as shutdown:
+            while not shutdown.is_set():
+                await write_next_line()
+    """
+    shutdown = shutdown or asyncio.Event()
+    _blocks.open(shutdown, describe_work)
+    try:
+        yield shutdown
+    finally:
+        _blocks.close(shutdown)
+
+
+class _Blocks:
+    """The blocks that are open, and what a signal does to them."""
+
+    def __init__(self) -> None:
+        self._works: dict[asyncio.Event, Callable[[], str]] = {}
+        self._first_at: float | None = None  # when the first signal came
+        self._previous: dict[int, Any] = {}  # the signals' handlers outside of all blocks
+
+    def open(self, shutdown: asyncio.Event, describe_work: Callable[[], str]) -> None:
+        self._loop = asyncio.get_running_loop()
+        if not self._works and threading.current_thread() is threading.main_thread():
+            # The event loop's own handlers cannot run while it is blocked, for example by a stalled log.
+            self._previous = {signum: signal.signal(signum, self._on_signal) for signum in handled_signals()}
+        self._works[shutdown] = describe_work
+        if self._first_at is not None:
+            shutdown.set()
+
+    def close(self, shutdown: asyncio.Event) -> None:
+        del self._works[shutdown]
+        if self._works:
+            return
+        for signum, handler in self._previous.items():
+            if self._first_at is not None:
+                handler = signal.SIG_IGN if _is_hangup(signum) else end_process
+            signal.signal(signum, handler)
+        self._previous = {}
+
+    def _on_signal(self, signum: int, _frame: Any) -> None:
+        now = time.monotonic()
+        if self._first_at is None:
+            self._first_at = now
+            self._loop.call_soon_threadsafe(self._begin)
+        # A closed terminal sends SIGHUP more than once; `timeout` and supervisors signal a process and its group.
+        elif not _is_hangup(signum) and now > self._first_at + SAME_SIGNAL_TIME:
+            end_process(signum)
+
+    def _begin(self) -> None:
+        for shutdown in self._works:
+            shutdown.set()
+        self._log_progress("shutting down")
+
+    def _log_progress(self, what: str) -> None:
+        if self._works:
+            works = ", ".join(describe_work() for describe_work in self._works.values())
+            log.info("%s: finishing %s (signal again to exit now)", what, works)
+            self._loop.call_later(PROGRESS_INTERVAL, self._log_progress, "still shutting down")
+
+
+_blocks = _Blocks()
+
+
+def handled_signals() -> list[int]:
+    """Return the signals that shut down. `nohup` has SIGHUP ignored: leave it ignored."""
+    return [signum for signum in SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
+
+
+def end_process(signum: int, _frame: Any = None) -> None:
+    """End the process as the signal does by default."""
+    signal.signal(signum, signal.SIG_DFL)
+    signal.raise_signal(signum)
+    os._exit(128 + signum)  # Linux ignores the default for process 1, as in a container
+
+
+def end_while_starting(signum: int, _frame: Any) -> None:
+    """End the process by a signal, and log that."""
+    signal.signal(signum, end_process)  # the log may be stalled
+    log.info("stopped by %s", signal.Signals(signum).name)
+    end_process(signum)
+
+
+def reset_signals_when_forked() -> None:
+    """Let signals end a forked process, as they do by default; else a user's `multiprocessing` can't end its processes.
+
+    Python drops a signal that comes to the new process before its handlers are reset, so it is blocked until then.
+    """
+    mask: set[int] = set()
+
+    def reset() -> None:
+        for signum in SIGNALS:
+            handler = signal.getsignal(signum)
+            if handler in (end_process, end_while_starting, _blocks._on_signal):
+                signal.signal(signum, signal.SIG_DFL)
+        unblock()
+
+    def block() -> None:
+        nonlocal mask
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    if hasattr(os, "register_at_fork"):  # not on Windows
+        os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=reset)
+
+
+def _is_hangup(signum: int) -> bool:
+    return signum == getattr(signal, "SIGHUP", None)
