@@ -6,7 +6,8 @@
 #
 # Without arguments it is orders_unprocessed, for orders_stream.
 #
-# environment: REPLICAS (default: 1); NATS_URL, NATS_CREDENTIALS_FILE_PATH and SSL_CERT_FILE as in the Python scripts
+# environment: REPLICAS (default: 1); NATS_URL, NATS_CREDENTIALS_FILE_PATH, SSL_CERT_FILE, NATS_CA, NATS_CERT and NATS_KEY
+# as in the Python scripts
 #
 # exit status: 0 the stream exists with these flags, 1 anything else, and standard error says why, 2 wrong usage
 set -euo pipefail

@@ -42,7 +42,7 @@ share_user() {
 command -v nats >/dev/null ||
     fail "natscli (the command nats) is missing: run scripts/setup.sh, or see https://github.com/nats-io/natscli"
 
-# The same two variables as in jobqueue/connection/environment.py; the others that natscli knows are for its other uses.
+# The same variables as in jobqueue/connection/environment.py; the others that natscli knows are for its other uses.
 credentials=${NATS_CREDENTIALS_FILE_PATH:-}
 if [ -n "$credentials" ]; then
     url=${NATS_URL:-tls://connect.ngs.global}
@@ -50,13 +50,17 @@ else
     url=${NATS_URL:-nats://localhost:4222}
 fi
 share_user "$url"
-# shellcheck disable=SC2046 # no variable has a space in its name
-unset -v $(compgen -v NATS_)
+for variable in $(compgen -v NATS_); do
+    case $variable in
+        NATS_CA | NATS_CERT | NATS_KEY) ;; # natscli reads them itself
+        *) unset -v "$variable" ;;
+    esac
+done
 export NATS_URL=$url
 [ -z "$credentials" ] || export NATS_CREDS=$credentials
 # Go reads SSL_CERT_FILE itself, but not on macOS; with NATS_CA natscli would want TLS of any server.
 case $url in
-    *tls://*) [ -z "${SSL_CERT_FILE:-}" ] || export NATS_CA=$SSL_CERT_FILE ;;
+    *tls://*) [ -n "${NATS_CA:-}" ] || [ -z "${SSL_CERT_FILE:-}" ] || export NATS_CA=$SSL_CERT_FILE ;;
 esac
 
 # natscli ARGUMENT...: runs it without a terminal and puts what it prints, or the line of its error, in `output`.

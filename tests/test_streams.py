@@ -5,9 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from nats.aio.client import Client
 
-from tests.harness import CONSUMER, DLQ, PUBLISHER, ROOT, Script, Server, durable_info, request, serving, started
+from tests.harness import (
+    CONSUMER,
+    DLQ,
+    PUBLISHER,
+    ROOT,
+    Script,
+    Server,
+    durable_info,
+    messages,
+    request,
+    serving,
+    started,
+)
 
 ARTICLE = {
     "subjects": ["orders.*"],
@@ -32,6 +45,18 @@ ARTICLE = {
 SERVERS_OWN = {"name", "metadata", "compression", "consumer_limits", "persist_mode"}
 
 
+FAILURES = {
+    "subjects": ["failures.orders_stream.*"],
+    "retention": "limits",
+    "max_msgs_per_subject": 1,
+    "max_bytes": 64 * 1024 * 1024,
+    "max_age": 30 * 24 * 3600 * 10**9,
+    "max_msg_size": -1,
+    "discard": "old",
+    "deny_delete": False,
+}
+
+
 @pytest.mark.parametrize(
     ("stream", "config"),
     [
@@ -40,11 +65,15 @@ SERVERS_OWN = {"name", "metadata", "compression", "consumer_limits", "persist_mo
             "orders_unprocessed",
             ARTICLE | {"subjects": ["$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.orders_stream.*"], "max_msg_size": -1},
         ),
+        ("orders_failures", ARTICLE | FAILURES),
     ],
 )
 async def test_a_stream_has_the_articles_configuration(
-    server: Server, nc: Client, stream: str, config: dict[str, Any]
+    bare_server: Server, nc: Client, stream: str, config: dict[str, Any]
 ) -> None:
+    """The stream of the reasons is no part of the article."""
+    created = await bare_server.run(f"scripts/create_{stream}.sh")
+    assert created.lines[0] == f"Stream {stream} was created"
     found = (await request(nc, f"STREAM.INFO.{stream}"))["config"]
     # A newer server has more to say, but nothing of that may be switched on.
     assert {key: value for key, value in found.items() if key in config or value} == config | {
@@ -105,13 +134,29 @@ async def run(*command: str | Path, **env: str) -> Script:
 
 
 NAMES = r"a stream needs a name without spaces, control characters and . * > / \, and without - or @ before it"
-SCRIPTS = ["scripts/create_orders_stream.sh", "scripts/create_orders_unprocessed.sh"]
+SCRIPTS = [
+    "scripts/create_orders_stream.sh",
+    "scripts/create_orders_unprocessed.sh",
+    "scripts/create_orders_failures.sh",
+]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-async def test_a_stream_script_may_be_run_again(server: Server, script: str) -> None:
-    again = await server.run(script)
-    assert again.process.returncode == 0
+async def test_a_stream_script_may_be_run_again(bare_server: Server, script: str) -> None:
+    for _ in range(2):
+        created = await bare_server.run(script)
+        assert created.process.returncode == 0, created.lines
+
+
+async def test_the_stream_of_the_reasons_may_have_another_name(bare_server: Server, nc: Client) -> None:
+    """It then keeps the last reason of each message of another stream."""
+    created = await bare_server.run(SCRIPTS[2], "emails_failures", "emails_stream")
+    assert created.process.returncode == 0, created.lines
+    js = nc.jetstream()
+    for subject, reason in (("1", b"first"), ("2", b"other"), ("1", b"last")):
+        await js.publish(f"failures.emails_stream.{subject}", reason)
+    assert await messages(nc, "emails_failures") == 2
+    assert (await js.get_last_msg("emails_failures", "failures.emails_stream.1")).data == b"last"
 
 
 async def test_a_stream_with_another_configuration_is_left_as_it_is(bare_server: Server, nc: Client) -> None:
@@ -164,7 +209,8 @@ async def test_replicas_are_what_the_variable_says(bare_server: Server, script: 
             (SCRIPTS[0], [name, "a.*"], NAMES)
             for name in ("", "-a", "@a", "a b", "a\nb", "a.b", "a*", ">", "a/b", "a\\b")
         ),
-        (SCRIPTS[1], ["a", "b c"], NAMES),
+        (SCRIPTS[2], ["a"], f"usage: {SCRIPTS[2]} [FAILURES_STREAM STREAM]"),
+        *((script, ["a", "b c"], NAMES) for script in SCRIPTS[1:]),
         *(
             (SCRIPTS[0], ["a", subjects], "SUBJECTS must be a subject such as orders.*")
             for subjects in ("", "a b", "a,b")
@@ -223,3 +269,20 @@ async def test_the_stream_scripts_go_where_the_python_scripts_go(bare_server: Se
     await bare_server.create_streams(**home, **others)
     published = await bare_server.run(*PUBLISHER, "--count", "1", **home, **others)
     assert published.process.returncode == 0
+
+
+@pytest.mark.parametrize("authority", ["NATS_CA", "SSL_CERT_FILE"])
+async def test_a_stream_script_shows_its_client_certificate(tmp_path: Path, authority: str) -> None:
+    ca, files = trustme.CA(), {name: str(tmp_path / f"{name}.pem") for name in ("authority", "server", "client", "key")}
+    ca.cert_pem.write_to_path(files["authority"])
+    ca.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(files["server"])
+    client = ca.issue_cert("client@example.com")
+    client.cert_chain_pems[0].write_to_path(files["client"])
+    client.private_key_pem.write_to_path(files["key"])
+    tls = f'cert_file: "{files["server"]}", key_file: "{files["server"]}", ca_file: "{files["authority"]}"'
+    async with serving(tmp_path / "server", f"tls {{ {tls}, verify: true }}") as server:
+        env = {"NATS_URL": f"tls://127.0.0.1:{server.port}", authority: files["authority"]}
+        refused = await server.run(SCRIPTS[0], **env)
+        assert refused.process.returncode == 1
+        created = await server.run(SCRIPTS[0], NATS_CERT=files["client"], NATS_KEY=files["key"], **env)
+        assert created.process.returncode == 0, created.lines
