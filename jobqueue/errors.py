@@ -79,7 +79,11 @@ class Dead(Exception):  # noqa: N818
 
 
 def printable(data: bytes | str, length: int = MAX_PRINTED) -> str:
-    """Return text from outside as one harmless piece of a line: escaped, and cut where it is longer than `length`."""
+    """Return text from outside as one harmless piece of a line: escaped, and cut where it is longer than `length`.
+
+    Example:
+        print(printable(bytes([27]) + b"[2J clears a terminal"))
+    """
     shown = data[: 4 * length]  # no character takes more than four bytes
     if isinstance(shown, bytes):
         shown = shown.decode("utf-8", "backslashreplace")

@@ -197,15 +197,20 @@ async def test_a_subject_that_the_user_may_not_publish_to(
             await publish(nc, b"order-0")
         if command == DLQ:
             await publish(nc, advisory(), subject=f"{ADVISORIES}.processor")
-        for more in ((), ("--interval", "0")) if command == PUBLISHER else ((),):
+        for more in (("--count", "3"), ("--interval", "0")) if command == PUBLISHER else ((),):
             script = await cloud.run(*command, *more, **cloud.user("some.creds", publish={"deny": [denied]}))
-            assert (script.process.returncode, script.messages) == (
-                1,
-                [
-                    f'the server refused: permissions violation for publish to "{refused}"'
-                    ' (in lower case; see "Permissions" in docs/deployment.md)'
-                ],
-            )
+            assert script.process.returncode == 1
+            why = f'permissions violation for publish to "{refused}"'
+            if command == PUBLISHER and denied == "orders.*":
+                count = 3 if "--count" in more else 20
+                lost = [f"order no. {number} is not published: {why}" for number in range(count)]
+                lost += [f"the server refused: {why}"] * ("--interval" in more)
+                assert sorted(script.messages) == sorted([*lost, f"{count} of {count} orders are not published"])
+            elif command == PUBLISHER and "STREAM.NAMES" in denied:
+                assert script.messages == [f"cannot tell whether a stream takes orders.new: {why}"]
+            else:
+                lines = [f'the server refused: {why} (in lower case; see "Permissions" in docs/deployment.md)']
+                assert script.messages == lines
         assert await messages(nc, "orders_stream") == (command != PUBLISHER)
 
 

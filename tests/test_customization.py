@@ -177,8 +177,8 @@ async def test_another_queue_beside_the_first(server: Server, nc: Client, tmp_pa
 
 
 async def test_a_failure_is_told_though_a_thread_is_still_at_work(server: Server, tmp_path: Path) -> None:
-    code = "import threading\n\nfrom jobqueue.errors import Failure\n"
-    code += "async def check_streams(nc: Client) -> None:\n"
+    code = "import threading\n\nfrom jobqueue import Failure\n"
+    code += "async def main() -> None:\n"
     code += "    asyncio.get_running_loop().run_in_executor(None, threading.Event().wait)\n    raise Failure('told')"
     async with server.script(edited(CONSUMER[0], code, tmp_path), *CONSUMER[1:]) as running:
         await running.line("told")

@@ -186,6 +186,8 @@ async def test_dead_letters_are_reprocessed_at_the_same_time(server: Server, nc:
     """Each waits for all of the others."""
     await dead_letters(nc, *(b"order-%d" % i for i in range(8)))
     code = """
+import asyncio
+
 barrier = asyncio.Event()
 waiting = []
 

@@ -319,14 +319,16 @@ async def test_json_logs(server: Server, nc: Client, tmp_path: Path) -> None:
 
 
 async def test_an_http_api_that_fails_for_a_while(server: Server, nc: Client, tmp_path: Path) -> None:
-    """The first request of each order has an answer of 500."""
+    """The first request of order-0 has an answer of 500, and that of order-1 one of 429. All of order-2 have 400."""
     requests: list[bytes] = []
+    statuses = {b"order-0": b"500 Failed", b"order-1": b"429 Busy\r\nRetry-After: 1", b"order-2": b"400 Wrong"}
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while head := await reader.readuntil(b"\r\n\r\n"):
             (length,) = re.findall(rb"(?i)content-length: (\d+)", head)
             requests.append(await reader.readexactly(int(length)))
-            status = b"200 OK" if requests.count(requests[-1]) > 1 else b"500 Internal Server Error"
+            is_done = requests.count(requests[-1]) > 1 and requests[-1] != b"order-2"
+            status = b"200 OK" if is_done else statuses[requests[-1]]
             writer.write(b"HTTP/1.1 " + status + b"\r\nContent-Length: 4\r\n\r\nbusy")
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -335,13 +337,15 @@ async def test_an_http_api_that_fails_for_a_while(server: Server, nc: Client, tm
         writer.close()
 
     api = await asyncio.start_server(serve, "127.0.0.1", 0)
-    code = example("httpx.AsyncClient(").replace(":8000", f":{api.sockets[0].getsockname()[1]}")
+    code = example("httpx.AsyncClient(").replace(":8080", f":{api.sockets[0].getsockname()[1]}")
     consumer = edited(CONSUMER[0], code, tmp_path)
-    await publish(nc, b"order-0", b"order-1")
+    await publish(nc, b"order-0", b"order-1", b"order-2")
     async with server.script(consumer, *CONSUMER[1:]) as running, server.script(*DLQ):
-        await running.line("error processing order-0: RuntimeError: 500: busy .*")
+        await running.line("error processing order-0: HTTPStatusError: Server error '500 Failed' .*")
         await emptied(nc, "orders_stream")
         assert await running.stop() == 0
-    assert sorted(requests) == [b"order-0", b"order-0", b"order-1", b"order-1"]
-    assert running.messages[-1] == "stopped: 2 orders processed, 2 deliveries failed"
+    assert sorted(requests) == [b"order-0", b"order-0", b"order-1", b"order-1", b"order-2"]
+    assert running.found(r"error processing order-1: busy \(attempt 1 of 2, stream sequence # 2\)")
+    assert running.messages[-1] == "stopped: 2 orders processed, 4 deliveries failed"
+    assert not any("site-packages" in line for line in running.lines)
     api.close()

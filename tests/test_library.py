@@ -5,6 +5,7 @@ import gc
 import inspect
 import itertools
 import signal
+import sys
 import textwrap
 import uuid
 from collections.abc import AsyncIterator
@@ -17,7 +18,8 @@ from nats.errors import Error
 import jobqueue
 from jobqueue import Message, Outcome, connect, publish, publish_many
 from jobqueue.connection.client import Client
-from tests.harness import Server, messages, serving, until
+from tests.harness import Server, dead_letters, emptied, messages, serving, started, until
+from tests.harness import publish as publish_
 
 PERMISSIONS = """authorization { users: [
     { user: admin, password: a },
@@ -41,32 +43,69 @@ async def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
             yield nc
 
 
-async def test_the_module_s_example_publishes(server: Server, nc: NatsClient, tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(example(jobqueue))
-    script = await server.run(program)
-    assert (script.process.returncode, script.lines) == (0, [])
-    assert await messages(nc, "orders_stream") == 1
+PROGRAMS = ["consume", "consume_dead_letters", "run"]  # their examples run until they are stopped
+COMMAND_LINE = ["make_parser", "number", "stream_name", "subject", "subject_filter", "whole_number"]
+WORK = ["Retry", "Dead"]
+PREAMBLE = """import asyncio
+import json
+import random
+import sys
+
+from jobqueue import *
 
 
-async def test_the_example_of_each_name_runs(server: Server, nc: NatsClient, tmp_path: Path) -> None:
+"""
+
+
+@pytest.mark.parametrize("name", ["", *PROGRAMS])
+async def test_an_example_that_consumes_runs(server: Server, nc: NatsClient, tmp_path: Path, name: str) -> None:
     program = tmp_path / "program.py"
-    in_a_connection = [
-        example(getattr(jobqueue, name)) for name in jobqueue.__all__ if name not in ("connect", "Failure")
-    ]
+    process = "async def process(order):\n    print(order.data)\n\n\n" if name == "run" else ""
+    program.write_text(PREAMBLE + process + example(getattr(jobqueue, name) if name else jobqueue))
+    await (dead_letters if name == "consume_dead_letters" else publish_)(nc, b"order-0")
+    async with server.script(str(program)) as running:
+        await emptied(nc, "orders_stream", "orders_unprocessed")
+        assert await running.stop() == 0
+    assert any("b'order-0'" in line for line in running.lines)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("Retry", "busy"), ("Dead", "it is empty")])
+async def test_an_example_of_work_that_fails_runs(
+    server: Server, nc: NatsClient, tmp_path: Path, name: str, reason: str
+) -> None:
+    program = tmp_path / "program.py"
+    code = f"{PREAMBLE}def is_busy() -> bool:\n    return True\n\n\n{example(getattr(jobqueue, name))}\n\n"
+    program.write_text(code + 'run(consume("orders_stream", "orders.*", process))\n')
+    await publish_(nc, b"")
+    async with server.script(str(program)) as running:
+        await running.line(rf"error processing : {reason} \(attempt 1 of 2, stream sequence # 1\)")
+        assert await running.stop() == 0
+
+
+async def test_the_example_of_each_other_name_runs(server: Server, nc: NatsClient, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    special = {*PROGRAMS, *COMMAND_LINE, *WORK, "connect", "Failure", "shutdown_on_signal", "read_lines"}
+    in_a_connection = [example(getattr(jobqueue, name)) for name in jobqueue.__all__ if name not in special]
     assert all(in_a_connection)
+    (tmp_path / "orders.txt").write_text("one\n")
     program.write_text(
-        "import asyncio\nimport json\nimport sys\nfrom jobqueue import *\n\nasync def main() -> None:\n"
+        PREAMBLE
+        + "\n".join(example(getattr(jobqueue, name)) for name in COMMAND_LINE)
+        + "\n\nasync def write_next_line() -> None:\n    shutdown.set()\n\n"
+        + "async def main() -> None:\n    global shutdown\n"
         + textwrap.indent(example(connect), "    ")
         + "\n"
-        + textwrap.indent("\n".join(in_a_connection), "        ")
+        + textwrap.indent("\n".join([*in_a_connection, example(jobqueue.shutdown_on_signal)]), "        ")
+        + "\n        shutdown.clear()\n"
+        + textwrap.indent(example(jobqueue.read_lines), "        ")
         + "\n"
         + example(jobqueue.Failure)
     )
-    script = await server.run(program)
-    assert script.process.returncode == 0, script.lines
+    async with started(sys.executable, program, NATS_URL=server.url, cwd=tmp_path) as script:
+        assert await script.status() == 0, script.lines
     assert script.lines[0] == server.url.removeprefix("nats://")
-    assert sorted(script.lines[1:]) == ["1000 stored", "not stored, or stored before"]
+    found = ["1000 stored", r"cleared \x1b[2J", "not stored, or stored before", "b'one'"]
+    assert sorted(script.lines[1:]) == sorted(found)
     assert await messages(nc, "orders_stream") == 1001
     unreachable = await server.run(program, NATS_URL="nats://127.0.0.1:1")
     assert unreachable.process.returncode == 1

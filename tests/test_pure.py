@@ -30,7 +30,7 @@ from jobqueue.dead_letters.advisories import Hint, parse_advisory
 from jobqueue.dead_letters.letter import DeadLetter
 from jobqueue.dead_letters.processing import Processing
 from jobqueue.dead_letters.verifying import Verifier
-from jobqueue.errors import MAX_TRACEBACK, Failure, describe_error, printable
+from jobqueue.errors import MAX_TRACEBACK, Failure, describe_attempt, describe_error, printable
 from jobqueue.jetstream import acks, reading, stored, streams
 from jobqueue.jetstream.durables import Durable
 from jobqueue.jetstream.failures import Failures

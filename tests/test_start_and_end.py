@@ -98,8 +98,8 @@ async def test_acks_that_are_not_confirmed_are_an_error(server: Server, nc: Clie
         go.touch()
         assert await consumer.stop() == 1
     assert consumer.messages[-2:] == [
-        "2 messages may be redelivered: their acks are not confirmed",
         "stopped: 2 orders processed, 0 deliveries failed",
+        "2 messages may be redelivered: their acks are not confirmed",
     ]
 
 

@@ -64,7 +64,7 @@ class Client(NatsClient):
         except TimeoutError:
             raise nats.errors.TimeoutError from None
         finally:
-            if task and task.cancelling() > cancelling:
+            if (task and task.cancelling() > cancelling) or (self.ends_at_refusal and self.has_refused.is_set()):
                 raise asyncio.CancelledError
         self.refused_subjects.pop(subject.lower(), None)
         return answer

@@ -91,8 +91,8 @@ async def connect(name: str, *, no_echo: bool = False) -> AsyncIterator[Client]:
 
     The environment names the server and the user: `NATS_URL` (one URL, or several with commas) and
     `NATS_CREDENTIALS_FILE_PATH` (a .creds file); with the file alone it is Synadia Cloud, with neither
-    nats://localhost:4222. `SSL_CERT_FILE` is a CA certificate, if the server's CA isn't a
-    public one.
+    nats://localhost:4222. `SSL_CERT_FILE` or `NATS_CA` is a CA certificate, if the server's CA isn't a public one;
+    `NATS_CERT` and `NATS_KEY` are a client certificate and its key.
 
     A connection that is lost later reconnects by itself, however long that takes. A request to a subject that the
     server doesn't permit fails with `nats.errors.Error`; a refused subscription, or a publish that isn't a request, is

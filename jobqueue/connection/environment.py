@@ -2,6 +2,7 @@
 
 import os
 import re
+import ssl
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -89,4 +90,22 @@ def read_environment() -> tuple[list[str], dict[str, Any]]:
         raise Failure("NATS_URL has no URL in it")
     if credentials:
         options["user_credentials"] = Credentials(Path(credentials))
+    if context := _tls_context():
+        options["tls"] = context
     return servers, options
+
+
+def _tls_context() -> ssl.SSLContext | None:
+    """Return the TLS context for natscli's own variables: NATS_CA, NATS_CERT and NATS_KEY; None without them."""
+    authority, certificate, key = (os.environ.get(f"NATS_{name}") for name in ("CA", "CERT", "KEY"))
+    if not (authority or certificate or key):
+        return None
+    if bool(certificate) != bool(key):
+        raise Failure("a client certificate needs both NATS_CERT and NATS_KEY")
+    try:
+        context = ssl.create_default_context(cafile=authority)
+        if certificate:
+            context.load_cert_chain(certificate, key)
+    except OSError as error:  # of ssl too
+        raise Failure(f"cannot use the files of NATS_CA, NATS_CERT and NATS_KEY: {error.strerror or error}") from None
+    return context

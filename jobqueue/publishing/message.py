@@ -1,12 +1,15 @@
 """What is published, and what becomes of it."""
 
+import re
+from collections.abc import Mapping
 from enum import Enum
 from typing import NamedTuple
 
 from jobqueue.connection.client import Client
 from jobqueue.errors import printable
 
-HEADER_SIZE = len("NATS/1.0\r\nNats-Msg-Id: \r\n\r\n")
+HEADER_NAME = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)  # as nats-py has it
+HEADER_SIZE = len("NATS/1.0\r\n\r\n")
 
 
 class Outcome(Enum):
@@ -35,14 +38,16 @@ class Message(NamedTuple):
         id: the same for every attempt, so that the server stores the message once within the stream's duplicate window;
             not empty, and without spaces around it or line ends in it (https://docs.nats.io/using-nats/developer/develop_jetstream/model_deep_dive#message-deduplication).
         label: what the log calls it; the id, by default.
+        headers: further headers, such as those of a trace.
 
     Example:
-        Message(json.dumps({"to": "ann"}).encode(), id="welcome-ann")
+        Message(json.dumps({"to": "ann"}).encode(), id="welcome-ann", headers={"language": "en"})
     """
 
     payload: bytes
     id: str
     label: str = ""
+    headers: Mapping[str, str] | None = None
 
     def __str__(self) -> str:
         return printable(self.label or self.id)
@@ -51,10 +56,24 @@ class Message(NamedTuple):
         """Raise ValueError or TypeError for what nats-py would change or refuse."""
         if not isinstance(self.payload, bytes) or not isinstance(self.id, str):
             raise TypeError("a message needs bytes for its payload, and a str for its id")
-        self.id.encode()
-        if not self.id or self.id != self.id.strip() or "\n" in self.id or "\r" in self.id:
-            raise ValueError(f"a message's id can't be empty, or have spaces around it or line ends: {self.id!r}")
+        for name, value in self.all_headers.items():
+            value.encode()
+            if not HEADER_NAME.fullmatch(name) or value != value.strip() or "\n" in value or "\r" in value:
+                raise ValueError(f"a header can't have spaces around it, line ends or an odd name: {name!r}: {value!r}")
+        if not self.id or "Nats-Msg-Id" in (self.headers or ()):
+            raise ValueError("a message's id can't be empty, and isn't one of its headers")
+
+    @property
+    def all_headers(self) -> dict[str, str]:
+        """The headers, and the id."""
+        return {**(self.headers or {}), "Nats-Msg-Id": self.id}
+
+    @property
+    def size(self) -> int:
+        """Bytes of the headers and the payload."""
+        lines = [len(f"{name}: {value}\r\n".encode()) for name, value in self.all_headers.items()]
+        return HEADER_SIZE + sum(lines) + len(self.payload)
 
     def fits(self, nc: Client) -> bool:
-        """Return whether the server takes it; nats-py doesn't count the header, and the server then disconnects."""
-        return HEADER_SIZE + len(self.id.encode()) + len(self.payload) <= nc.max_payload
+        """Return whether the server takes it; nats-py doesn't count the headers, and the server then disconnects."""
+        return self.size <= nc.max_payload

@@ -75,10 +75,11 @@ async def _publish_until_confirmed(
         if not nc.is_connected:  # nats-py would send it later, perhaps when its id is forgotten
             raise ConnectionReconnectingError
         is_retry, may_be_stored = may_be_stored, True
-        headers = {"Nats-Msg-Id": message.id}
         attempt_time = min(ACK_TIMEOUT + transfer_time(len(message.payload)), deadline - now())
         try:
-            ack = await nc.jetstream().publish(subject, message.payload, timeout=attempt_time, headers=headers)
+            ack = await nc.jetstream().publish(
+                subject, message.payload, timeout=attempt_time, headers=message.all_headers
+            )
         except (ValueError, TypeError, KeyError):  # the answer is no JetStream ack
             raise TimeoutError("the answer did not come from a stream") from None
         return Outcome.DUPLICATE if ack.duplicate and not is_retry else Outcome.STORED
@@ -181,7 +182,7 @@ class _Pipeline:
             self._sent[self._count] = message, self._now() + ACK_TIMEOUT + ahead
             reply = f"{self.inbox}.{self._count}"
             with suppress(Error):  # retry_late publishes it again
-                await self._nc.publish(self._subject, message.payload, reply, {"Nats-Msg-Id": message.id})
+                await self._nc.publish(self._subject, message.payload, reply, message.all_headers)
         else:
             self._retry(message, may_be_stored=False)
         while self._in_flight >= WINDOW or self._bytes >= self._window.size:

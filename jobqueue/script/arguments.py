@@ -13,7 +13,8 @@ EPILOG = """
 environment:
   NATS_URL                    one URL, or several with commas between them (default: nats://localhost:4222)
   NATS_CREDENTIALS_FILE_PATH  a .creds file; with it alone the server is tls://connect.ngs.global
-  SSL_CERT_FILE               a CA certificate, if the server's CA isn't a public one
+  SSL_CERT_FILE, NATS_CA      a CA certificate, if the server's CA isn't a public one
+  NATS_CERT, NATS_KEY         a client certificate and its key, if the server asks for one
   LIVENESS_FILE               a file to touch every five seconds, for a liveness probe
 
 exit status:
@@ -30,6 +31,9 @@ def make_parser(doc: str | None, success: str) -> argparse.ArgumentParser:
     Args:
         doc: the script's docstring, which its help begins with.
         success: when its exit status is 0.
+
+    Example:
+        parser = make_parser("Send mails.", "all mails are sent")
     """
     description, _, examples = (doc or "").partition("\n\n")
     return argparse.ArgumentParser(
@@ -40,7 +44,11 @@ def make_parser(doc: str | None, success: str) -> argparse.ArgumentParser:
 
 
 def subject(value: str) -> str:
-    """Check a subject to publish to."""
+    """Check a subject to publish to.
+
+    Example:
+        parser.add_argument("subject", type=subject)
+    """
     return (
         value
         if is_subject(value) and not set(value) & set("*>")
@@ -49,19 +57,31 @@ def subject(value: str) -> str:
 
 
 def subject_filter(value: str) -> str:
-    """Check a subject that may have wildcards."""
+    """Check a subject that may have wildcards.
+
+    Example:
+        parser.add_argument("--filter", type=subject_filter)
+    """
     return (
         value if is_subject(value) and FILTER.fullmatch(value) else _refuse(value, "subject filter, such as orders.*")
     )
 
 
 def stream_name(value: str) -> str:
-    """Check a stream's name."""
+    """Check a stream's name.
+
+    Example:
+        parser.add_argument("--stream", type=stream_name)
+    """
     return value if is_name(value) else _refuse(value, "name of a stream")
 
 
 def whole_number(low: int, high: float = math.inf) -> Callable[[str], int]:
-    """Return a check of a whole number from `low` to `high`."""
+    """Return a check of a whole number from `low` to `high`.
+
+    Example:
+        parser.add_argument("--count", type=whole_number(1, 500), default=1)
+    """
 
     def check(value: str) -> int:
         # int() refuses more than some thousand digits.
@@ -73,7 +93,11 @@ def whole_number(low: int, high: float = math.inf) -> Callable[[str], int]:
 
 
 def number(low: float, high: float = math.inf) -> Callable[[str], float]:
-    """Return a check of a finite number from `low` to `high`."""
+    """Return a check of a finite number from `low` to `high`.
+
+    Example:
+        parser.add_argument("--interval", type=number(0), default=1.0)
+    """
 
     def check(value: str) -> float:
         try:
