@@ -15,7 +15,7 @@ from nats.aio.msg import Msg
 from jobqueue.connection.connecting import connect
 from jobqueue.publishing.message import Message, Outcome
 from jobqueue.publishing.publishing import publish, publish_many
-from tests.harness import PATIENCE, PUBLISHER, Script, Server, messages, request, serving, until
+from tests.harness import PATIENCE, PUBLISHER, Script, Server, edited, messages, request, serving
 from tests.proxy import proxied
 
 PIPELINED = (*PUBLISHER, "--interval", "0")
@@ -149,21 +149,19 @@ async def test_a_file_that_is_faster_than_the_server_waits(server: Server, nc: C
     assert await messages(nc, "orders_stream") == 200
 
 
-async def test_an_order_that_was_given_up_is_not_sent_later(
-    server: Server, nc: Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    orders = [Message(b"order-%d" % i, f"id-{i}", f"order no. {i}") for i in range(3)]
-    async with proxied(server.port) as proxy:
-        monkeypatch.setenv("NATS_URL", proxy.url)
-        async with connect("test") as client:
-            assert await publish(client, "orders.new", orders[0]) is Outcome.STORED
-            proxy.cut()
-            await until(lambda: not client.is_connected)
-            assert await publish(client, "orders.new", orders[1], timeout=1) is Outcome.FAILED
-            assert "order no. 1 is not published: not connected to the server" in caplog.messages
-            proxy.restore()
-            await until(lambda: client.is_connected)
-            assert await publish(client, "orders.new", orders[2]) is Outcome.STORED
+async def test_an_order_that_was_given_up_is_not_sent_later(server: Server, nc: Client, tmp_path: Path) -> None:
+    code = "from functools import partial\npublish = partial(publish, timeout=3)"  # and not 30
+    impatient = edited(PUBLISHER[0], code, tmp_path)
+    async with (
+        proxied(server.port) as proxy,
+        server.script(impatient, "orders.new", "--count", "3", "--interval", "2", NATS_URL=proxy.url) as publisher,
+    ):
+        await publisher.line("published order no. 0")
+        proxy.cut()
+        await publisher.line("order no. 1 is not published: not connected to the server")
+        proxy.restore()
+        await publisher.line("published order no. 2")
+        assert await publisher.status() == 1
     assert await payloads(nc) == [b"order-0", b"order-2"]
 
 
