@@ -296,7 +296,7 @@ def edited(script: str, code: str, directory: Path) -> str:
         replaced.append((place, source)) if place else added.append(source)
     for place, source in sorted(replaced, key=lambda one: -one[0].lineno):
         lines[place.lineno - 1 : place.end_lineno] = [source + "\n"]
-    (first,) = (node.lineno for name, node in places.items() if name == "log")
+    first = min(node.lineno for node in places.values())  # after the imports
     lines.insert(first - 1, "\n\n".join([*added, ""]))
     copy = directory / Path(script).name
     copy.write_text("".join(lines))
