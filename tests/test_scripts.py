@@ -69,8 +69,8 @@ async def test_every_script_has_help(script: str) -> None:
         assert await running.status() == 0
     assert running.lines[0].startswith("usage: ")
     assert any(line.strip().startswith(f"python {script} ") for line in running.lines)
-    for variable in ("NATS_URL", "NATS_CREDENTIALS_FILE_PATH", "SSL_CERT_FILE"):
-        assert running.found(rf" +{variable} +.*")
+    for variable in ("NATS_URL", "NATS_CREDENTIALS_FILE_PATH", "SSL_CERT_FILE", "NATS_CERT"):
+        assert running.found(rf" +{variable},? +.*")
     assert all(running.found(rf"  {status}  .*") for status in range(3))
     with_value = running.found(r"  --[a-z-]+ [A-Z_]+ .*")
     assert not [line for line in with_value if "(default: " not in line and "--input" not in line]
@@ -93,8 +93,9 @@ async def test_uv_runs_a_script_without_any_setup(server: Server, tmp_path: Path
     project = tmp_path / "project"
     for part in ("jobqueue", "publisher"):
         shutil.copytree(ROOT / part, project / part)
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / file, project)
+    (project / "docs").mkdir()
+    for file in ("pyproject.toml", "docs/package.md", "LICENSE"):
+        shutil.copy(ROOT / file, project / file)
     command = ("uv", "run", "--quiet", *PUBLISHER, "--count", "1")
     # uv by itself knows only the well-known certificate authorities, where pip asks the system.
     async with started(*command, cwd=project, NATS_URL=server.url, UV_SYSTEM_CERTS="true") as publisher:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 VERSIONS = ["2.10.25", "2.11.11", "2.12.8", "2.14.6", "2.15.1"]
 # Of the server's version:
-INDEPENDENT = ("bad_input", "customization", "docs", "library", "pure", "scripts", "start_and_end")
+INDEPENDENT = ("bad_input", "customization", "docs", "library", "package", "pure", "scripts", "start_and_end")
 TESTS = ["-n", "9", "-m", "not faults", *(f"--ignore=tests/test_{name}.py" for name in INDEPENDENT)]
 
 
