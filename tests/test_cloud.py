@@ -24,6 +24,7 @@ from tests.harness import (
     DOCS,
     MANAGE,
     PUBLISHER,
+    ROOT,
     advisory,
     dead_letters,
     emptied,
@@ -296,15 +297,17 @@ async def test_an_account_may_limit_max_ack_pending(cloud: Cloud) -> None:
 
 
 ROLES = {
-    role: [re.findall(r"`([^`]+)`", cell) for cell in cells.split("|")]
-    for role, cells in re.findall(
-        r"^\| ((?:publisher|consumer|DLQ processor|operator)) \| (`.*`) \|$", DOCS, re.MULTILINE
+    name: [re.findall(r'"([^"]+)"', subjects) for subjects in re.findall(r"allow: \[(.*?)\]", permissions, re.S)]
+    for name, permissions in re.findall(
+        r"^      user: ([\w-]+),(.*?)^    \}$", (ROOT / "docs" / "server.conf").read_text(), re.M | re.S
     )
+    if name != "admin"
 }
+SCRIPTED = [role for role in ROLES if role != "monitor"]
 
 
 def _user(cloud: Cloud, role: str) -> dict[str, str]:
-    """Make a user with just the permissions that the docs give it."""
+    """Make a user with just the permissions that docs/server.conf gives it."""
     may_publish, may_subscribe = ROLES[role]
     return cloud.user(role, publish={"allow": may_publish}, subscribe={"allow": may_subscribe})
 
@@ -317,7 +320,7 @@ async def test_the_permissions_in_the_docs_are_what_is_needed(
     cloud_with_acks_of_version_2: Cloud, tmp_path: Path
 ) -> None:
     """All of them, and no more: whatever they allow is made use of, and what a reconnect needs in the test below."""
-    allowed = {subject for role in ROLES.values() for cell in role for subject in cell if "DIRECT.GET" not in subject}
+    allowed = {subject for role in SCRIPTED for cell in ROLES[role] for subject in cell if "DIRECT.GET" not in subject}
     seen = await _work_with_the_permissions_of_the_readme(cloud_with_acks_of_version_2, tmp_path)
     assert {one for one in allowed if not any(subjects_overlap(one, other) for other in seen)} == set()
 
@@ -339,10 +342,11 @@ async def _work_with_the_permissions_of_the_readme(cloud: Cloud, tmp_path: Path)
         CONSUMER[0], "process", "await asyncio.sleep(0.6)\n    assert order.data != b'order-1'", tmp_path
     )
     dlq_script = with_body(DLQ[0], "reprocess", "await asyncio.sleep(0.6)", tmp_path)
-    publisher, worker, dlq_processor, operator = (_user(cloud, role) for role in ROLES)
+    publisher, worker, dlq_processor, operator = (_user(cloud, role) for role in SCRIPTED)
     async with cloud.client("admin.creds") as nc:
-        for subject in ("orders.*", "$JS.>"):
+        for subject in ("orders.*", "$JS.>", "failures.>"):
             await nc.subscribe(subject, cb=see)
+        assert (await cloud.run("scripts/create_orders_failures.sh", **admin)).process.returncode == 0
         assert (await cloud.run(STREAM_SCRIPTS[0], **admin)).process.returncode == 0
         published = await cloud.run(*PUBLISHER, "--count", "2", "--interval", "0", **publisher)
         assert published.process.returncode == 0
@@ -398,7 +402,7 @@ async def test_what_may_not_be_acked_by_the_servers_form_is_not_worked_on(
         assert delivered == 1  # each delivery costs an order an attempt
 
 
-@pytest.mark.parametrize("role", ["consumer", "DLQ processor"])
+@pytest.mark.parametrize("role", ["consumer", "dlq-processor"])
 @pytest.mark.parametrize("may_verify", [True, False])
 async def test_a_worker_with_the_permissions_of_the_readme_verifies_after_a_reconnect(
     cloud: Cloud, tmp_path: Path, role: str, may_verify: bool
@@ -441,7 +445,7 @@ async def test_the_permissions_in_the_docs_allow_nothing_else(cloud: Cloud) -> N
             return len(refused) >= len(forbidden) + 5  # noqa: B023
 
         async with cloud.client(role, error_cb=see) as nc:
-            streams = ["secrets"] + ([] if role in ("DLQ processor", "operator") else ["orders_unprocessed"])
+            streams = ["secrets"] + ([] if role in ("dlq-processor", "operator", "monitor") else ["orders_unprocessed"])
             forbidden = [
                 *(f"$JS.API.STREAM.{what}.{stream}" for what in ("MSG.GET", "INFO") for stream in streams),
                 *(f"$JS.API.DIRECT.GET.{stream}" for stream in streams),
@@ -452,6 +456,8 @@ async def test_the_permissions_in_the_docs_allow_nothing_else(cloud: Cloud) -> N
                     for what in ("DELETE", "PURGE", "MSG.DELETE", "UPDATE", "CREATE")
                     for stream in ("orders_stream", "orders_unprocessed", "secrets")
                 ),
+                "$JS.API.STREAM.DELETE.orders_failures",
+                *(f"$JS.API.STREAM.{what}.orders_failures" for what in ("MSG.GET", "PURGE") if role != "operator"),
                 "$JS.API.CONSUMER.DELETE.orders_stream.processor",
                 "secrets.new",
             ]
