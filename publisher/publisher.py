@@ -19,7 +19,6 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 
 from jobqueue import (
-    Client,
     Failure,
     Message,
     Outcome,
@@ -55,7 +54,7 @@ def parse_args() -> None:
     parser.parse_args(namespace=options)
 
 
-async def numbered_orders(shutdown: asyncio.Event) -> AsyncIterator[bytes]:
+async def numbered(shutdown: asyncio.Event) -> AsyncIterator[bytes]:
     """Yield the article's orders, until the shutdown."""
     for i in range(options.count):
         if shutdown.is_set():
@@ -72,29 +71,23 @@ async def make_messages(payloads: AsyncIterator[bytes]) -> AsyncIterator[Message
         count += 1
 
 
-async def publish_all(nc: Client, shutdown: asyncio.Event) -> Counter[Outcome]:
-    """Publish the orders, and return how many had each outcome."""
-    if options.input is None:
-        messages = make_messages(numbered_orders(shutdown))
-    else:
-        messages = make_messages(read_lines(options.input, nc.max_payload, shutdown))
-    if options.interval == 0:
-        return await publish_many(nc, options.subject, messages)
-    outcomes: Counter[Outcome] = Counter()
-    async for message in messages:
-        outcomes[await publish(nc, options.subject, message)] += 1
-        with suppress(TimeoutError):
-            await asyncio.wait_for(shutdown.wait(), options.interval)
-    return outcomes
-
-
 async def main() -> None:
     """Publish the orders; fail if any of them is not stored."""
+    outcomes: Counter[Outcome] = Counter()
     async with connect(f"publisher_{options.subject}") as nc:
         await require_stream_for(nc, options.subject)
         with shutdown_on_signal(lambda: "the orders in flight") as shutdown:
-            outcomes = await publish_all(nc, shutdown)
-    wanted = options.count if options.input is None else outcomes.total()
+            is_numbered = options.input is None
+            payloads = numbered(shutdown) if is_numbered else read_lines(options.input, nc.max_payload, shutdown)
+            messages = make_messages(payloads)
+            if options.interval == 0:
+                outcomes = await publish_many(nc, options.subject, messages)
+            else:
+                async for message in messages:
+                    outcomes[await publish(nc, options.subject, message)] += 1
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(shutdown.wait(), options.interval)
+    wanted = options.count if is_numbered else outcomes.total()
     if missing := wanted - outcomes[Outcome.STORED] - outcomes[Outcome.DUPLICATE]:
         raise Failure(f"{missing} of {wanted} orders are not published")
 

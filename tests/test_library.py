@@ -104,7 +104,7 @@ async def test_the_example_of_each_other_name_runs(server: Server, nc: NatsClien
     async with started(sys.executable, program, NATS_URL=server.url, cwd=tmp_path) as script:
         assert await script.status() == 0, script.lines
     assert script.lines[0] == server.url.removeprefix("nats://")
-    found = ["1000 stored", r"cleared \x1b[2J", "not stored, or stored before", "b'one'"]
+    found = ["1000 stored", r"\x1b[2J clears a terminal", "not stored, or stored before", "b'one'"]
     assert sorted(script.lines[1:]) == sorted(found)
     assert await messages(nc, "orders_stream") == 1001
     unreachable = await server.run(program, NATS_URL="nats://127.0.0.1:1")

@@ -304,8 +304,8 @@ async def test_a_file_that_cannot_be_read_is_named(file: str, why: str) -> None:
 def test_headers_but_instructions_to_the_server_are_kept_to_the_byte() -> None:
     kept = b"NATS/1.0\r\nb: 1\r\na:x:y\r\nB: 2\r\nfolded: one\r\n\ttwo\r\nlatin: \xe9\r\n"
     block = kept.replace(b"a:", b"nats-Rollup: all\r\n folded\r\na:") + b"Nats-Msg-Id: mine\r\n\r\n"
-    assert headers.without_instructions(block, {"Nats-Msg-Id": "new"}) == kept + b"Nats-Msg-Id: new\r\n\r\n"
-    assert headers.without_instructions(b"", {}) == b"NATS/1.0\r\n\r\n"
+    assert headers.replace_nats_headers(block, {"Nats-Msg-Id": "new"}) == kept + b"Nats-Msg-Id: new\r\n\r\n"
+    assert headers.replace_nats_headers(b"", {}) == b"NATS/1.0\r\n\r\n"
     assert headers.read_headers(block)[:3] == [("b", "1"), ("nats-Rollup", "all\r\n folded"), ("a", "x:y")]
     assert headers.read_headers(block)[4:6] == [("folded", "one\r\n\ttwo"), ("latin", r"\xe9")]
     assert [headers.find_header(block, name) for name in ("B", "nats-msg-id", "none")] == ["1", "mine", ""]

@@ -14,7 +14,7 @@ def find_header(block: bytes, name: str) -> str:
     return next((value for other, value in read_headers(block) if other.lower() == name.lower()), "")
 
 
-def without_instructions(block: bytes, added: dict[str, str]) -> bytes:
+def replace_nats_headers(block: bytes, added: dict[str, str]) -> bytes:
     """Return a header block with some headers in place of those that told the server what to do (`Nats-...`)."""
     kept = [line for line in _split(block) if not line.strip().lower().startswith(b"nats-")]
     kept += [f"{name}: {value}".encode() for name, value in added.items()]

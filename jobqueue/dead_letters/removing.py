@@ -9,7 +9,7 @@ from nats.errors import ConnectionReconnectingError, Error, MaxPayloadError, NoR
 from nats.js.errors import APIError
 
 from jobqueue.connection.retrying import retry
-from jobqueue.dead_letters.headers import find_header, without_instructions
+from jobqueue.dead_letters.headers import find_header, replace_nats_headers
 from jobqueue.dead_letters.letter import DeadLetter
 from jobqueue.dead_letters.verifying import GONE
 from jobqueue.errors import describe_error
@@ -43,7 +43,7 @@ async def redrive(nc: Client, letter: DeadLetter) -> int:
     first_id = re.sub(r"\.retry-\d+$", "", find_header(message.header_block, "Nats-Msg-Id"))
     first_id = first_id or f"{letter.stream}.{message.sequence}"
     added = {"Nats-Expected-Stream": letter.stream, "Nats-Msg-Id": f"{first_id}.retry-{letter.message.sequence}"}
-    headers = without_instructions(message.header_block, added)
+    headers = replace_nats_headers(message.header_block, added)
     if len(headers) + len(message.data) > nc.max_payload:  # the server would end the connection
         raise MaxPayloadError
 

@@ -61,7 +61,7 @@ async def _publish_missing(nc: Client, dlq_stream: str, verifier: Verifier, dura
         return
 
     async def ask(hint: Hint) -> None:
-        _, why = await verifier.why_alive(hint.sequence, hint.consumer)
+        _, why = await verifier.explain_alive(hint.sequence, hint.consumer)
         if why in ("", UNCONFIRMED):
             suspects.append(hint)
 

@@ -44,7 +44,7 @@ class Verifier:
     async def look(self, hint: Hint) -> tuple[DeadLetter | None, str]:
         """Return the message that a hint is about, if it is dead; else why it is not."""
         limit = MAX_QUESTIONS_IF_NAMED if hint.advisories else MAX_QUESTIONS
-        durable, why = await self.why_alive(hint.sequence, hint.consumer, limit)
+        durable, why = await self.explain_alive(hint.sequence, hint.consumer, limit)
         # After the question: what was acked before that is gone; and it may have been about a durable that is gone.
         message, after = await asyncio.gather(
             get_message(self._nc, self.stream, hint.sequence), self.durables.find(hint.consumer, since=self._now())
@@ -63,7 +63,7 @@ class Verifier:
         deliveries = hint.deliveries or max(durable.config["max_deliver"], 1)
         return DeadLetter(self.stream, after, deliveries, hint.died_at, message), ""
 
-    async def why_alive(self, sequence: int, name: str, limit: int = MAX_QUESTIONS) -> tuple[Durable | None, str]:
+    async def explain_alive(self, sequence: int, name: str, limit: int = MAX_QUESTIONS) -> tuple[Durable | None, str]:
         """Return a durable, and why a message of it may be alive, as long as it is stored; "" if it is not."""
         durable = await self.durables.find(name)
         if durable and sequence > durable.delivered:

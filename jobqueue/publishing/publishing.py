@@ -121,23 +121,20 @@ async def publish_many(nc: Client, subject: str, messages: AsyncIterator[Message
     """
     _check_subject(subject)
     failure = None
-    tasks = asyncio.TaskGroup()
-    pipeline = _Pipeline(nc, subject, tasks)
+    pipeline = _Pipeline(nc, subject)
     subscription = await nc.subscribe(f"{pipeline.inbox}.*", cb=pipeline.receive)
+    watching = asyncio.create_task(pipeline.retry_late())
     try:
-        async with tasks:
-            watching = tasks.create_task(pipeline.retry_late())
-            try:
-                async for message in messages:
-                    message.check()
-                    await pipeline.send(message)
-            except Exception as error:
-                failure = error
-            await pipeline.wait_until_done()
-            watching.cancel()
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
+        try:
+            async for message in messages:
+                message.check()
+                await pipeline.send(message)
+        except Exception as error:
+            failure = error
+        await pipeline.wait_until_done()
     finally:
+        watching.cancel()
+        pipeline.cancel()
         with suppress(Error):
             await subscription.unsubscribe()
     if failure:
@@ -148,12 +145,12 @@ async def publish_many(nc: Client, subject: str, messages: AsyncIterator[Message
 class _Pipeline:
     """The messages in flight. The last token of an answer's subject is its message's number."""
 
-    def __init__(self, nc: Client, subject: str, tasks: asyncio.TaskGroup) -> None:
+    def __init__(self, nc: Client, subject: str) -> None:
         self.inbox = nc.new_inbox()
         self.outcomes: Counter[Outcome] = Counter()
         self._nc = nc
         self._subject = subject
-        self._tasks = tasks
+        self._publishing_again = set[asyncio.Task[None]]()
         self._sent: dict[int, tuple[Message, float]] = {}  # by number, and when its answer is late
         self._count = 0
         self._now = asyncio.get_running_loop().time
@@ -221,15 +218,23 @@ class _Pipeline:
         return self._subject.lower() in self._nc.refused_subjects
 
     def _retry(self, message: Message, *, may_be_stored: bool) -> None:
-        async def retry() -> None:
-            self._finish(
-                message,
-                await _publish_until_confirmed(
+        async def publish_again() -> None:
+            outcome = Outcome.FAILED
+            try:
+                outcome = await _publish_until_confirmed(
                     self._nc, self._subject, message, PUBLISH_TIMEOUT, may_be_stored=may_be_stored
-                ),
-            )
+                )
+            finally:
+                self._finish(message, outcome)
 
-        self._tasks.create_task(retry())
+        task = asyncio.create_task(publish_again())
+        self._publishing_again.add(task)
+        task.add_done_callback(self._publishing_again.discard)
+
+    def cancel(self) -> None:
+        """End what is still being published, since the caller was cancelled."""
+        for task in self._publishing_again:
+            task.cancel()
 
     def _finish(self, message: Message, outcome: Outcome) -> None:
         self.outcomes[outcome] += 1

@@ -20,7 +20,7 @@ CHECK_VALID_FOR = 0.5  # seconds for which a delivery, or a check of the stream,
 FIRST_HEARTBEAT_DELAY = 0.001
 
 
-class Entry:
+class InFlightMessage:
     """A message in flight."""
 
     __slots__ = (
@@ -44,32 +44,30 @@ class Entry:
         self.tries = 0  # of sending it
 
 
-class Registry:
+class InFlight:
     """All messages in flight of this process, by stream sequence; sends their acks and heartbeats.
 
     Nothing is sent on the ack subject of a message that may be another one by now: the server would ack that one.
     A reconnect, or any other doubt, begins a new epoch, and an entry of an earlier epoch must be verified first.
 
-    `on_unsent_ack` is called when an ack has to wait for `resend_acks`, `on_confirmed` with the seconds that the
+    `needs_check` is set when an ack has to wait for `resend_acks`. `on_confirmed` is called with the seconds that the
     server took to confirm one.
     """
 
-    def __init__(
-        self, nc: Client, stream: str, on_unsent_ack: Callable[[], None], on_confirmed: Callable[[float], None]
-    ) -> None:
+    def __init__(self, nc: Client, stream: str, on_confirmed: Callable[[float], None]) -> None:
+        self.needs_check = asyncio.Event()
         self.checked_at = 0.0  # when the stream was last seen to be the same one
         self.heard_at = 0.0  # when the durable's leader last delivered a message or confirmed an ack
         self.has_replicas = False  # whether the durable may get another leader
         self.bytes = 0  # of all payloads
         self._nc = nc
         self._stream = stream
-        self._on_unsent_ack = on_unsent_ack
         self._on_confirmed = on_confirmed
-        self._entries: dict[int, Entry] = {}
+        self._entries: dict[int, InFlightMessage] = {}
         self._inbox = nc.new_inbox()
-        self._doubts = 0
+        self._doubt_count = 0
         self._last_consumer_seq = 0
-        self._without_heartbeat: list[Entry] = []
+        self._without_heartbeat: list[InFlightMessage] = []
         self._first_heartbeat: asyncio.Task[None] | None = None
         self._now = asyncio.get_running_loop().time
 
@@ -80,7 +78,7 @@ class Registry:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __contains__(self, entry: Entry) -> bool:
+    def __contains__(self, entry: InFlightMessage) -> bool:
         return self._entries.get(entry.sequence) is entry
 
     @property
@@ -91,24 +89,24 @@ class Registry:
     @property
     def epoch(self) -> int:
         """The current epoch."""
-        return self._doubts + int(self._nc.stats["reconnects"])
+        return self._doubt_count + int(self._nc.stats["reconnects"])
 
     def begin_epoch(self) -> None:
         """Require that every message in flight is verified."""
-        self._doubts += 1
+        self._doubt_count += 1
         self._last_consumer_seq = 0
 
-    def unverified(self) -> list[Entry]:
+    def unverified(self) -> list[InFlightMessage]:
         """Return the entries of earlier epochs."""
         return [entry for entry in self._entries.values() if entry.epoch != self.epoch]
 
-    def verify_up_to(self, proof: Entry, epoch: int) -> None:
+    def verify_up_to(self, proof: InFlightMessage, epoch: int) -> None:
         """Take all messages up to one that was found to be the same for verified, as of an epoch."""
         for entry in self.unverified():
             if entry.sequence <= proof.sequence:
                 entry.epoch, entry.sent_at, entry.finished_at = max(epoch, entry.epoch), 0.0, self._now()
 
-    def not_begun(self) -> list[Entry]:
+    def not_begun(self) -> list[InFlightMessage]:
         """Return the entries of messages that wait to be processed."""
         return [entry for entry in self._entries.values() if not (entry.is_begun or entry.ack)]
 
@@ -116,7 +114,7 @@ class Registry:
         """Return whether a message is still queued or being processed."""
         return any(not entry.ack for entry in self._entries.values())
 
-    async def add(self, message: Msg) -> Entry | None:
+    async def add(self, message: Msg) -> InFlightMessage | None:
         """Register a delivery, and return its entry unless the message is in flight already."""
         sequence, stored_at, consumer_seq = parse_ack_subject(message.reply)
         now, known = self._now(), self._entries.get(sequence)
@@ -137,13 +135,13 @@ class Registry:
             return None
         if known:
             self.drop(known, "is another message now")
-        entry = self._entries[sequence] = Entry(message, sequence, stored_at, self.epoch, now)
+        entry = self._entries[sequence] = InFlightMessage(message, sequence, stored_at, self.epoch, now)
         self.bytes += entry.size
         if self.has_replicas:
             self._send_heartbeat_soon(entry)
         return entry
 
-    async def finish(self, entry: Entry, ack: bytes) -> bool:
+    async def finish(self, entry: InFlightMessage, ack: bytes) -> bool:
         """Ack a message, or leave it; return whether it has been redelivered and is to be processed again."""
         if entry not in self:
             return False
@@ -158,16 +156,16 @@ class Registry:
         if now - max(entry.delivered_at, self.checked_at) < CHECK_VALID_FOR and self._may_send(entry):
             await self._send_ack(entry, now)
         else:
-            self._on_unsent_ack()
+            self.needs_check.set()
         return False
 
-    def remove(self, entry: Entry) -> None:
+    def remove(self, entry: InFlightMessage) -> None:
         """Send nothing more for a message."""
         if entry in self:
             del self._entries[entry.sequence]
             self.bytes -= entry.size
 
-    def drop(self, entry: Entry, why: str) -> None:
+    def drop(self, entry: InFlightMessage, why: str) -> None:
         """Send nothing more for a message, and log why it isn't acked."""
         self.remove(entry)
         log.warning("stream sequence # %d in %s %s: not acked", entry.sequence, self._stream, why)
@@ -188,7 +186,7 @@ class Registry:
             elif entry.ack and entry.sent_at < now - CONFIRM_TIMEOUT and self._may_send(entry):
                 await self._send_ack(entry, now)
 
-    async def send_heartbeats(self, entries: Iterable[Entry] | None = None) -> None:
+    async def send_heartbeats(self, entries: Iterable[InFlightMessage] | None = None) -> None:
         """Let the ack wait of some messages, or all, begin again, unless the user's own work has acked or nak'd it."""
         for entry in list(self._entries.values() if entries is None else entries):
             # After a nak it would end the delay.
@@ -196,7 +194,7 @@ class Registry:
             if entry in self and self._may_send(entry) and not is_nakd:
                 await self._nc.publish(entry.ack_subject, Msg.Ack.Progress)
 
-    def _send_heartbeat_soon(self, entry: Entry) -> None:
+    def _send_heartbeat_soon(self, entry: InFlightMessage) -> None:
         """Send a heartbeat unless the message is acked at once.
 
         A new leader takes the time when a message was stored for the time of its last delivery, until a heartbeat has
@@ -213,11 +211,11 @@ class Registry:
             with suppress(Error):
                 await self.send_heartbeats([entry for entry in entries if not entry.ack])
 
-    def _may_send(self, entry: Entry) -> bool:
+    def _may_send(self, entry: InFlightMessage) -> bool:
         # What is published without a connection nats-py sends after the reconnect.
         return self._nc.is_connected and entry.epoch == self.epoch
 
-    async def _send_ack(self, entry: Entry, now: float) -> None:
+    async def _send_ack(self, entry: InFlightMessage, now: float) -> None:
         entry.sent_at = now
         entry.tries += 1
         await self._nc.publish(entry.ack_subject, entry.ack, f"{self._inbox}.{entry.sequence}-{entry.stored_at}")
@@ -228,7 +226,7 @@ class Registry:
         if not entry or not entry.ack or entry.stored_at != int(stored_at):
             return
         if answer.headers:  # 503: nobody listens, since the durable is gone or has no leader
-            self._on_unsent_ack()
+            self.needs_check.set()
             return
         self.remove(entry)
         self.heard_at = self._now()

@@ -16,7 +16,7 @@ from jobqueue.jetstream.durables import ensure_durable, has_replicas
 from jobqueue.jetstream.stored import find_stored_at
 from jobqueue.jetstream.streams import api_request
 from jobqueue.jetstream.tasks import run_all, run_for_each
-from jobqueue.worker.in_flight import CHECK_VALID_FOR, Entry, Registry
+from jobqueue.worker.in_flight import CHECK_VALID_FOR, InFlight, InFlightMessage
 from jobqueue.worker.pulling import PullRequests
 
 log = logging.getLogger(__name__)
@@ -32,15 +32,14 @@ class Recovery:
     """Ensures after any doubt that the durable exists, verifies what is in flight, and has open acks sent."""
 
     def __init__(
-        self, nc: Client, stream: str, config: ConsumerConfig, registry: Registry, pulls: PullRequests
+        self, nc: Client, stream: str, config: ConsumerConfig, in_flight: InFlight, pulls: PullRequests
     ) -> None:
         self._nc = nc
         self._stream = stream
         self._config = config
-        self._registry = registry
+        self._in_flight = in_flight
         self._pulls = pulls
         self._now = asyncio.get_running_loop().time
-        self._needed = asyncio.Event()
         self._is_stable = True
         self._grace_ends = 0.0
         self._is_in_doubt = False  # whether somebody else may have got what waits to be processed
@@ -67,15 +66,9 @@ class Recovery:
             log.warning("%s: %s; trying again", self._stream, reason)
         self._is_stable, self._is_in_doubt = False, True
         self._grace_ends = self._now() + FAILOVER_GRACE
-        self._registry.begin_epoch()
+        self._in_flight.begin_epoch()
         self._pulls.forget_all()
-        self._needed.set()
-
-    def check(self) -> None:
-        """Request a check, which sends unsent acks; no pull request is sent until then if the leader was silent."""
-        if self._now() - self._registry.heard_at > CHECK_VALID_FOR:
-            self._is_stable = False
-        self._needed.set()
+        self._in_flight.needs_check.set()
 
     def note_served(self) -> None:
         """Log once that the server serves pull requests again."""
@@ -86,7 +79,11 @@ class Recovery:
     async def run(self) -> None:
         """Check and recover whenever that is needed, for ever."""
         while True:
-            await self._needed.wait()
+            await self._in_flight.needs_check.wait()
+            if (
+                self._now() - self._in_flight.heard_at > CHECK_VALID_FOR
+            ):  # no pull request then until the leader answers
+                self._is_stable = False
             await self._until_stable()
             self._is_stable = True
 
@@ -94,7 +91,7 @@ class Recovery:
         """Check, and once more when the grace period is over: another leader may have been lost meanwhile."""
         delay = MIN_RETRY_DELAY
         while True:
-            self._needed.clear()
+            self._in_flight.needs_check.clear()
             was_grace_over = self._is_grace_over()
             try:
                 await self._check_once()
@@ -105,13 +102,13 @@ class Recovery:
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, MAX_RECOVERY_DELAY)
                 continue
-            if self._needed.is_set():
+            if self._in_flight.needs_check.is_set():
                 continue  # something has changed meanwhile, and open acks are not sent yet
             if was_grace_over:
                 return
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._grace_ends - self._now()):
-                    await self._needed.wait()
+                    await self._in_flight.needs_check.wait()
 
     def _is_grace_over(self) -> bool:
         return self._now() >= self._grace_ends
@@ -121,22 +118,22 @@ class Recovery:
             await asyncio.sleep(MIN_RETRY_DELAY)
         self.note_reconnect()
         # What is in flight comes first: it needs heartbeats even while there is no leader.
-        if unverified := self._registry.unverified():
+        if unverified := self._in_flight.unverified():
             await self._verify_highest(unverified)
-            await self._registry.send_heartbeats()
+            await self._in_flight.send_heartbeats()
         checked_at = self._now()
         durable, stream = await asyncio.gather(
             ensure_durable(self._nc, self._stream, self._config), api_request(self._nc, f"STREAM.INFO.{self._stream}")
         )
         self._pulls.set_limits(durable["config"])
-        self._registry.has_replicas = has_replicas(durable)
+        self._in_flight.has_replicas = has_replicas(durable)
         self._note_changes(durable, stream)
-        self._registry.checked_at = checked_at
-        await self._registry.resend_acks()
+        self._in_flight.checked_at = checked_at
+        await self._in_flight.resend_acks()
         if self._is_in_doubt and self._is_grace_over():
-            epoch = self._registry.epoch
-            await run_for_each(self._registry.not_begun(), self._drop_if_gone)
-            self._is_in_doubt = epoch != self._registry.epoch
+            epoch = self._in_flight.epoch
+            await run_for_each(self._in_flight.not_begun(), self._drop_if_gone)
+            self._is_in_doubt = epoch != self._in_flight.epoch
 
     def _note_changes(self, durable: dict[str, Any], stream: dict[str, Any]) -> None:
         """Recover if the durable has another leader, or the stream may be another one.
@@ -149,7 +146,7 @@ class Recovery:
             self.recover()
         self._leader, self._created = leader, created
 
-    async def _verify_highest(self, unverified: list[Entry]) -> None:
+    async def _verify_highest(self, unverified: list[InFlightMessage]) -> None:
         """Verify all messages up to the highest one that is the same.
 
         A stream's history only loses its end (a roll-back, a snapshot) or all of it (another stream, another server).
@@ -161,27 +158,27 @@ class Recovery:
         while unverified:
             highest = unverified[-at_a_time:]
             del unverified[-at_a_time:]
-            epoch = self._registry.epoch
+            epoch = self._in_flight.epoch
             same = await run_all(self._is_same(entry) for entry in highest)
             if any(same):
-                self._registry.verify_up_to(max(compress(highest, same), key=lambda entry: entry.sequence), epoch)
+                self._in_flight.verify_up_to(max(compress(highest, same), key=lambda entry: entry.sequence), epoch)
                 return
             at_a_time = min(2 * at_a_time, VERIFIED_AT_A_TIME)
 
-    async def _drop_if_gone(self, entry: Entry) -> None:
+    async def _drop_if_gone(self, entry: InFlightMessage) -> None:
         """Don't begin to process what somebody else has done while this process was cut off."""
         if not entry.is_begun:
             await self._is_same(entry)
 
-    async def _is_same(self, entry: Entry) -> bool:
+    async def _is_same(self, entry: InFlightMessage) -> bool:
         """Read a message in flight back, and drop it if its sequence has another message now, or none."""
         found = await find_stored_at(self._nc, self._stream, entry.sequence, entry.size)
-        if found == entry.stored_at or entry not in self._registry:
+        if found == entry.stored_at or entry not in self._in_flight:
             return found == entry.stored_at
         if found:
-            self._registry.drop(entry, "is another message now")
+            self._in_flight.drop(entry, "is another message now")
         elif self._is_grace_over() and entry.ack:
-            self._registry.remove(entry)  # the server has its ack
+            self._in_flight.remove(entry)  # the server has its ack
         elif self._is_grace_over():  # before that, a replica may not have the message yet
-            self._registry.drop(entry, "is gone")
+            self._in_flight.drop(entry, "is gone")
         return False

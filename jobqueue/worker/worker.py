@@ -19,7 +19,7 @@ from jobqueue.errors import Failure, describe_error
 from jobqueue.jetstream.acks import LEAVE, ack_subject, probe_ack
 from jobqueue.jetstream.durables import ensure_durable, has_replicas, shortest_ack_wait
 from jobqueue.jetstream.streams import api_request, is_name
-from jobqueue.worker.in_flight import Entry, Registry
+from jobqueue.worker.in_flight import InFlight, InFlightMessage
 from jobqueue.worker.pulling import Prefetch, PullRequests
 from jobqueue.worker.recovery import Recovery
 from jobqueue.worker.time_limit import TimeLimit
@@ -71,20 +71,20 @@ class Worker:
         self._concurrency = concurrency
         self._time_limit = time_limit
         self._shutdown = asyncio.Event()
-        self._queue: asyncio.Queue[Entry] = asyncio.Queue()
-        self._tasks: dict[asyncio.Task[None], Entry | None] = {}  # what each is processing
+        self._queue: asyncio.Queue[InFlightMessage] = asyncio.Queue()
+        self._tasks: dict[asyncio.Task[None], InFlightMessage | None] = {}  # what each is processing
         self._unprocessed = 0  # messages that were delivered and are not done
         self._probed_forms: set[int] = set()  # of ack subjects
         self._tally: Counter[bytes] = Counter()
         self._prefetch = Prefetch()
-        self._registry = Registry(nc, stream, lambda: self._recovery.check(), self._prefetch.note_round_trip)
+        self._in_flight = InFlight(nc, stream, self._prefetch.note_round_trip)
         self._pulls = PullRequests(nc, stream, self._durable, self.receive, self._end_pull)
-        self._recovery = Recovery(nc, stream, config, self._registry, self._pulls)
+        self._recovery = Recovery(nc, stream, config, self._in_flight, self._pulls)
 
     @property
     def in_flight(self) -> int:
         """How many messages are in flight."""
-        return len(self._registry)
+        return len(self._in_flight)
 
     async def run(self, shutdown: asyncio.Event) -> Counter[bytes]:
         """Process messages until the shutdown, then finish what is in flight.
@@ -97,7 +97,7 @@ class Worker:
         """
         self._shutdown = shutdown
         ack_wait = await self._set_up()
-        await self._registry.start()
+        await self._in_flight.start()
         await self._pulls.start()
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -105,7 +105,7 @@ class Worker:
                 background = [tasks.create_task(loop) for loop in loops]
                 for _ in range(self._concurrency):
                     self._start_processing()
-                self._recovery.check()  # what there is now, so that a change is noticed
+                self._in_flight.needs_check.set()  # what there is now, so that a change is noticed
                 await shutdown.wait()
                 await self._finish()
                 while remaining := [task for task in background if not task.done()]:
@@ -130,21 +130,21 @@ class Worker:
             info = await retry_at_start(set_up, durable, lambda _: self._shutdown.is_set())
         except (Error, TimeoutError) as error:
             raise Failure(f"cannot create {durable}: {describe_error(error)}") from None
-        self._registry.has_replicas = has_replicas(info)
+        self._in_flight.has_replicas = has_replicas(info)
         return shortest_ack_wait(info["config"])
 
     async def _finish(self) -> None:
         """Wait until no delivery can come, all messages are processed, and the acks are confirmed."""
-        while (self._pulls.may_deliver() and self._nc.is_connected) or self._registry.has_unfinished():
+        while (self._pulls.may_deliver() and self._nc.is_connected) or self._in_flight.has_unfinished():
             await asyncio.sleep(TICK)
         deadline = asyncio.get_running_loop().time() + SHUTDOWN_CONFIRM_TIME
-        while self._registry and asyncio.get_running_loop().time() < deadline:
+        while self._in_flight and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(TICK / 10)
 
     def require_confirmed(self) -> None:
         """Raise Failure if the server has not confirmed all acks until the end."""
-        if self._registry:
-            raise Failure(f"{len(self._registry)} messages may be redelivered: their acks are not confirmed")
+        if self._in_flight:
+            raise Failure(f"{len(self._in_flight)} messages may be redelivered: their acks are not confirmed")
 
     async def _pull(self) -> None:
         """Send a pull request for the rest once half of what may be requested has come."""
@@ -155,16 +155,16 @@ class Worker:
             room = 1 - self._unprocessed  # one message, until it shows that this user may ack
         missing = room - self._pulls.messages
         if missing >= max(1, room // 2):
-            await self._pulls.send(missing, self._registry.bytes)
+            await self._pulls.send(missing, self._in_flight.bytes)
 
     def has(self, sequence: int) -> bool:
         """Return whether a message is in flight here."""
-        return sequence in self._registry.sequences
+        return sequence in self._in_flight.sequences
 
     async def receive(self, message: Msg) -> None:
         """Queue a delivery."""
         self._recovery.note_served()
-        entry = await self._registry.add(message)
+        entry = await self._in_flight.add(message)
         if entry:
             self._unprocessed += 1
         form = message.reply.count(".")
@@ -198,7 +198,7 @@ class Worker:
         assert task
         while True:
             entry = await self._queue.get()
-            if entry not in self._registry:
+            if entry not in self._in_flight:
                 self._unprocessed -= 1
                 continue
             self._tasks[task] = entry
@@ -209,18 +209,18 @@ class Worker:
             self._tasks[task] = None
             await self._complete(entry, ack)
 
-    async def _process(self, entry: Entry) -> bytes:
+    async def _process(self, entry: InFlightMessage) -> bytes:
         try:
             return await self._handle(entry.message)
         except Exception as error:
             log.error("stream sequence # %d in %s: %s", entry.sequence, self._stream, describe_error(error))
             return LEAVE
 
-    async def _complete(self, entry: Entry, ack: bytes) -> None:
+    async def _complete(self, entry: InFlightMessage, ack: bytes) -> None:
         self._tally[ack] += 1
         self._prefetch.count_completed()
         self._unprocessed -= 1
-        if await self._registry.finish(entry, ack):
+        if await self._in_flight.finish(entry, ack):
             self._unprocessed += 1
             self._queue.put_nowait(entry)
         await self._pull()
@@ -238,13 +238,13 @@ class Worker:
             for task in (*self._time_limit.enforce(), *(task for task in self._tasks if task.done())):
                 await self._replace(task)
             if not self._nc.is_receiving:
-                if self._registry.has_late_acks():
-                    self._recovery.check()
+                if self._in_flight.has_late_acks():
+                    self._in_flight.needs_check.set()
                 if self._nc.is_connected and now - before < MAX_STALL and self._pulls.end_expired():
                     self._recovery.recover("a pull request timed out")
             if now >= next_heartbeat:
                 next_heartbeat = now + heartbeat_interval
-                await self._registry.send_heartbeats()
+                await self._in_flight.send_heartbeats()
             await self._pull()
 
     async def _replace(self, task: asyncio.Task[None]) -> None:
