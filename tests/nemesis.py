@@ -52,8 +52,10 @@ RUN = 200  # orders of one run of a publisher
 
 Scripts = tuple[tuple[str, ...], tuple[str, ...]]
 
+FAILURE = 'random.choice([Retry(), Retry("busy", delay=1.0), Dead("no such customer")])'
 WORK = """import random
     import time
+    from jobqueue import Dead, Retry
     name = order.data.decode()
     log.info("begun %s at %f", name, time.monotonic())
     await asyncio.sleep(min(random.expovariate(1 / {work_time}), 8))
@@ -197,7 +199,7 @@ def ports(server: Server) -> list[int]:
 def working(env: Environment, directory: Path) -> Scripts:
     """Return the commands of a consumer and of a DLQ processor that log what they do, and fail at times."""
     work = {"work_time": env.work_time, "failure_rate": env.failure_rate}
-    consumer = with_body("consumer/consumer.py", "process", WORK.format(error="SimulatedError", **work), directory)
+    consumer = with_body("consumer/consumer.py", "process", WORK.format(error=FAILURE, **work), directory)
     dlq = with_body("dlq/consumer.py", "reprocess", WORK.format(error="ConnectionError", **work), directory)
     return (consumer, *CONSUMER[1:]), (dlq, *DLQ[1:], "--concurrency", "4")
 
