@@ -4,6 +4,7 @@ import fnmatch
 import os
 import re
 import shlex
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -232,7 +233,7 @@ async def test_the_services_of_compose_work_and_are_healthy(tmp_path: Path) -> N
             assert not await is_healthy(test, alive)
             async with started(sys.executable, *arguments, NATS_URL=url, LIVENESS_FILE=str(alive)) as running:
                 await until(lambda test=test, alive=alive: is_healthy(test, alive))  # type: ignore[misc]
-                assert await running.stop() == 0
+                assert await running.stop() in (0, -signal.SIGTERM)  # it may still be connecting
             os.utime(alive, (time.time() - 300,) * 2)
             assert not await is_healthy(test, alive)
 

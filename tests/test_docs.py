@@ -330,7 +330,7 @@ async def test_an_http_api_that_fails_for_a_while(server: Server, nc: Client, tm
         writer.close()
 
     api = await asyncio.start_server(serve, "127.0.0.1", 0)
-    code = example("httpx.AsyncClient(").replace(":8080", f":{api.sockets[0].getsockname()[1]}")
+    code = example("global http").replace(":8080", f":{api.sockets[0].getsockname()[1]}")
     consumer = edited(CONSUMER[0], code, tmp_path)
     await publish(nc, b"order-0", b"order-1", b"order-2")
     async with server.script(consumer, *CONSUMER[1:]) as running, server.script(*DLQ):

@@ -136,7 +136,7 @@ async def test_a_queue_without_a_clone(bare_server: Server, nc: Client, tmp_path
     save(PAGE, tmp_path, "send.py", "dead_letters.py")
     list_, retry, discard = block(PAGE, "manage").splitlines()
     async with api("429 Busy\r\nRetry-After: 1", "503 Down", "200 OK", "400 Bad") as (port, requests):
-        (tmp_path / "worker.py").write_text(block(PAGE, "worker.py").replace(":8000", f":{port}"))
+        (tmp_path / "worker.py").write_text(block(PAGE, "worker.py").replace(":8080", f":{port}"))
         async with program(bare_server, "send.py", tmp_path) as sending:
             await sending.line("published welcome-ann")
             assert await sending.status() == 0

@@ -134,7 +134,8 @@ def dlq_command(dlq_stream: str, stream: str) -> str:
 
 
 def _command(script: str, stream: str, argument: str, subjects: str) -> str:
-    natscli = ("nats", "stream", "add", stream, f"--subjects={subjects}", "--retention=work", "--defaults")
+    flags = ("--retention=work", "--discard=new", "--max-bytes=256MB", "--deny-delete", "--allow-direct", "--defaults")
+    natscli = ("nats", "stream", "add", stream, f"--subjects={subjects}", *flags)
     return f"{shlex.join((script, stream, argument))}, or `{shlex.join(natscli)}`"
 
 

@@ -64,10 +64,10 @@ async def _publish_until_confirmed(
     may_be_stored: bool,
 ) -> Outcome:
     now = asyncio.get_running_loop().time
-    deadline = now() + timeout
+    deadline, is_unknown = now() + timeout, False
 
     async def attempt() -> Outcome:
-        nonlocal may_be_stored
+        nonlocal may_be_stored, is_unknown
         if not message.fits(nc):
             raise MaxPayloadError
         if nc.is_closed:
@@ -82,12 +82,16 @@ async def _publish_until_confirmed(
             )
         except (ValueError, TypeError, KeyError):  # the answer is no JetStream ack
             raise TimeoutError("the answer did not come from a stream") from None
+        except TimeoutError:
+            is_unknown = True
+            raise
         return Outcome.DUPLICATE if ack.duplicate and not is_retry else Outcome.STORED
 
     try:
         outcome = await retry(attempt, f"{message} is not published yet", lambda _: now() + MAX_RETRY_DELAY > deadline)
     except (Error, TimeoutError) as error:
-        log.error("%s is not published: %s", message, describe_error(error))
+        what = "is not confirmed, and may be stored" if is_unknown else "is not published"
+        log.error("%s %s: %s", message, what, describe_error(error))
         return Outcome.FAILED
     _log_stored(message, outcome)
     return outcome

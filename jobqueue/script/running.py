@@ -28,19 +28,25 @@ MAX_THREADS = 1000  # of work in asyncio.to_thread(); each is started when it is
 def run(main: Coroutine[Any, Any, None]) -> None:
     """Run a program's coroutine; end the process with exit status 1, after one line that says why, if it fails.
 
-    The log goes to standard error in the article's format, unless the root logger has a handler already. A signal ends
-    the process with a line; `consume` and `consume_dead_letters` shut down gracefully instead. The environment's
-    LIVENESS_FILE is a file that is touched every five seconds. uvloop is used where it is installed (the extra `fast`).
+    The log goes to standard error in the article's format, unless the root logger has a handler already. It has the
+    lines of `__main__` and of jobqueue from level INFO on, and those of other loggers from WARNING on.
+
+    A signal ends the process with a line; `consume` and `consume_dead_letters` shut down gracefully instead. The
+    environment's LIVENESS_FILE is a file that is touched every five seconds. uvloop is used where it is installed (the
+    extra `fast`).
 
     Args:
         main: the program's coroutine.
 
     Raises:
         SystemExit: it has failed.
+        TypeError: `main` is no coroutine.
 
     Example:
         run(consume("orders_stream", "orders.*", process))
     """
+    if not asyncio.iscoroutine(main):
+        raise TypeError(f"run takes a coroutine, such as main(), and not {main!r}")
     _open_standard_files()
     set_up_logging()
     for signum in handled_signals():

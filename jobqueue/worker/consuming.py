@@ -76,6 +76,8 @@ async def consume(
         run(consume("orders_stream", "orders.*", process, backoff=[2, 10], max_deliver=3, concurrency=16))
     """
     check_arguments(process, concurrency, time_limit, stream, durable)
+    if len(backoff) >= max_deliver >= 0:
+        raise ValueError(f"max_deliver must be more than the {len(backoff)} back-offs, not {max_deliver}")
     config = ConsumerConfig(
         name=durable,
         durable_name=durable,

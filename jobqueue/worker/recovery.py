@@ -89,7 +89,7 @@ class Recovery:
 
     async def _until_stable(self) -> None:
         """Check, and once more when the grace period is over: another leader may have been lost meanwhile."""
-        delay = MIN_RETRY_DELAY
+        delay, reconnects = MIN_RETRY_DELAY, self._reconnects
         while True:
             self._in_flight.needs_check.clear()
             was_grace_over = self._is_grace_over()
@@ -99,6 +99,8 @@ class Recovery:
                 if isinstance(error, TimeoutError) and self._nc.is_receiving:
                     continue  # the answer is behind a large message
                 self.recover(describe_error(error))
+                if reconnects != self._reconnects:  # the server may be there in a moment, and needs heartbeats then
+                    delay, reconnects = MIN_RETRY_DELAY, self._reconnects
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, MAX_RECOVERY_DELAY)
                 continue
