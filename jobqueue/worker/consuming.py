@@ -57,7 +57,7 @@ async def consume(
         backoff: seconds until a message that was not acked is redelivered, after each attempt; the last one is for all
             further ones. The first one is also the ack wait: after a process is killed it takes so long until others
             get its messages.
-        max_deliver: after so many attempts the message is a dead letter. Must be more than there are back-offs.
+        max_deliver: after so many attempts the message is a dead letter. There can't be more back-offs than that.
         max_ack_pending: messages in flight or waiting for a retry, in all processes. While there are more, no new ones
             are delivered.
         concurrency: messages that are processed at a time.
@@ -76,8 +76,8 @@ async def consume(
         run(consume("orders_stream", "orders.*", process, backoff=[2, 10], max_deliver=3, concurrency=16))
     """
     check_arguments(process, concurrency, time_limit, stream, durable)
-    if len(backoff) >= max_deliver >= 0:
-        raise ValueError(f"max_deliver must be more than the {len(backoff)} back-offs, not {max_deliver}")
+    if len(backoff) > max_deliver >= 0:
+        raise ValueError(f"there are {len(backoff)} back-offs, more than the {max_deliver} of max_deliver")
     config = ConsumerConfig(
         name=durable,
         durable_name=durable,

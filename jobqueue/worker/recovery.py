@@ -51,7 +51,11 @@ class Recovery:
     def may_pull(self) -> bool:
         """Return whether the server may be asked for messages."""
         self.note_reconnect()
-        return self._is_stable and self._nc.is_connected
+        is_waiting = self._in_flight.needs_check.is_set() and self._is_leader_silent()
+        return self._is_stable and not is_waiting and self._nc.is_connected
+
+    def _is_leader_silent(self) -> bool:
+        return self._now() - self._in_flight.heard_at > CHECK_VALID_FOR
 
     def note_reconnect(self) -> None:
         """Recover if there was a reconnect."""
