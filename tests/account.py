@@ -17,6 +17,7 @@ LOSES |= {"shut down without a server"}
 INTERRUPTS = {"cut", "black hole", "suspended"}  # orders may be done twice if it takes too long
 LENGTHENS = {"step-down", "restart", "lame duck"}  # no effect alone, but an interruption takes longer by this
 REDRIVE = "redrive interrupted"
+VANISHED = "dead letter removed by the server"
 
 MAX_INTERRUPTION = 3.0  # seconds without an effect
 ACK_TIME = 1.0  # seconds after an order is done in which its ack may not be confirmed
@@ -89,7 +90,10 @@ class Accountant:
         done = {order for order, tries in attempts.items() if any(_is_done(one) for one in tries)}
         again = {order for order, tries in attempts.items() if any(_is_done(one) and one.is_reprocess for one in tries)}
         result = Account(len(self.published), len(done - again), len(again))
-        if lost := self.published - done:
+        lost = self.published - done
+        if vanished := {order for order in lost if self._was_removed(order)}:
+            result.causes[VANISHED] += len(vanished)
+        if lost := lost - vanished:
             result.problems.append(f"{len(lost)} lost:\n{self._story(lost, attempts)}")
         if made_up := set(attempts) - self.sent:
             result.problems.append(f"made up: {made_up}")
@@ -103,6 +107,11 @@ class Accountant:
             result.problems.append(f"{len(unexplained)} done twice:\n{self._story(unexplained, attempts)}")
         result.problems += self._bad_ends()
         return result
+
+    def _was_removed(self, order: str) -> bool:
+        """Return whether the server has removed a dead letter, which it was seen to do after a leader was killed."""
+        is_dead = any(script.found(f"{order} will be processed via DLQ") for script in self.group.all)
+        return is_dead and any(fault.kind == "leader killed" for fault in self.faults)
 
     def _attempts(self) -> dict[str, list[Attempt]]:
         """Return the attempts at each order, in the order in which they were begun."""

@@ -86,20 +86,22 @@ class ProcessGroup:
         self._stopping = True
         return [await script.stop() for script in list(self.running)]
 
-    def account(self, published: Iterable[str], may_repeat: Iterable[str] = ()) -> str:
+    def account(self, published: Iterable[str], may_repeat: Iterable[str] = (), may_vanish: Iterable[str] = ()) -> str:
         """Check that each order was settled, and more than once only where that is allowed; return a line of it.
 
-        Others may be done as often as they like.
+        Others may be done as often as they like, or not at all.
         """
         done = Counter(order for script in self.all for order in begun(script))
         reprocessed = {order for script in self.all for order in script.found(r"reprocessing order (.*)")}
         wanted = set(published)
-        assert not wanted - set(done), "lost:\n" + self._story(wanted - set(done))
+        missing = wanted - set(done)
+        assert not missing - set(may_vanish), "lost:\n" + self._story(missing)
         self.exposed |= set(may_repeat)
         assert not set(done) - wanted - self.exposed, f"made up: {set(done) - wanted}"
         twice = {order for order, times in done.items() if times > 1}
         assert not twice - self.exposed, "done twice:\n" + self._story(twice - self.exposed)
-        return f"{len(wanted)} orders: {len(reprocessed)} of them reprocessed, {len(twice)} done twice"
+        vanished = f", {len(missing)} removed by the server" if missing else ""
+        return f"{len(wanted)} orders: {len(reprocessed)} of them reprocessed, {len(twice)} done twice{vanished}"
 
     def _story(self, concerned: set[str]) -> str:
         """Return the lines of all processes, in the order in which they came, but those of other orders."""
@@ -136,8 +138,14 @@ async def process_group(
         await asyncio.gather(*group._keepers, return_exceptions=True)
 
 
-async def settled(nc: Client, group: ProcessGroup, published: Iterable[str], may_repeat: Iterable[str] = ()) -> str:
+async def settled(
+    nc: Client,
+    group: ProcessGroup,
+    published: Iterable[str],
+    may_repeat: Iterable[str] = (),
+    may_vanish: Iterable[str] = (),
+) -> str:
     """Wait until both streams are empty, stop the processes, and return the account."""
     await emptied(nc, *STREAMS)
     assert set(await group.stop()) == {0}
-    return group.account(published, may_repeat)
+    return group.account(published, may_repeat, may_vanish)

@@ -5,7 +5,7 @@ import hashlib
 import json
 import random
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AsyncExitStack
 from itertools import count
 from pathlib import Path
@@ -101,7 +101,8 @@ async def test_leaders_killed(tmp_path: Path, rng: random.Random, soak: int) -> 
     """No new leader redelivers what was acked; what was in flight it may redeliver, or not know of.
 
     Every other leader is killed as soon as it is there, before all acks have been repeated. A dead letter that had no
-    advisory may have been acknowledged: nats-server has been seen to keep such orders in their stream.
+    advisory may have been acknowledged: nats-server has been seen to keep such orders in their stream. And it has been
+    seen to remove a dead letter, in 2 of some 100 runs: its advisory came, and the order was gone.
     """
     async with clustered(tmp_path) as (cluster, nc):
         published = names(3000 * soak)
@@ -119,8 +120,12 @@ async def test_leaders_killed(tmp_path: Path, rng: random.Random, soak: int) -> 
                 await until(cluster.is_healthy)
             assert await publishing.status() == 0
             kept = r"dead letter # (\d+) in orders_stream had no advisory: published one"
-            found = (f"order-{int(sequence) - 1}" for script in group.all for sequence in script.found(kept))
-            print(await settled(nc, group, published, found))
+            removed = r"nothing to reprocess: stream sequence # (\d+) in orders_stream is gone"
+
+            def orders(pattern: str) -> Iterator[str]:
+                return (f"order-{int(sequence) - 1}" for script in group.all for sequence in script.found(pattern))
+
+            print(await settled(nc, group, published, orders(kept), orders(removed)))
 
 
 async def test_rolling_restart(tmp_path: Path, rng: random.Random, soak: int) -> None:
