@@ -140,7 +140,7 @@ class Client(NatsClient):
 
         And note which request has which subject, for `refuse`.
         """
-        if waiting := self._resp_map.get(reply[-TOKEN_LENGTH:]):
+        if self._resp_map and (waiting := self._resp_map.get(reply[-TOKEN_LENGTH:])):
             self._requests[waiting] = subject.lower()
         if not isinstance(headers, bytes):
             await super()._send_publish(subject, reply, payload, payload_size, headers)

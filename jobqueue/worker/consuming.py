@@ -123,17 +123,14 @@ class _Handler:
 
     async def handle(self, message: Msg) -> bytes:
         """Process a message and return its ack."""
-        sequence, attempt = message.metadata.sequence.stream, message.metadata.num_delivered
-        error: BaseException | None = self._dead.pop(sequence, None) if attempt > 1 else None
+        known = self._dead.pop(message.metadata.sequence.stream, None) if self._dead else None
+        error = known or await self.time_limit.run(self.process(message))
         if not error:
-            error = await self.time_limit.run(self.process(message))
-            if not error:
-                return ACK
-            log.warning(
-                "error processing %s%s",
-                printable(message.data),
-                describe_attempt(error, attempt, self._max_deliver, sequence),
-            )
+            return ACK
+        sequence, attempt = message.metadata.sequence.stream, message.metadata.num_delivered
+        if not known:
+            why = describe_attempt(error, attempt, self._max_deliver, sequence)
+            log.warning("error processing %s%s", printable(message.data), why)
             if message.is_acked:  # by `order.nak()` in `process`, say: then that counts
                 return LEAVE
         has_limit = await self._durables.has_max_deliver(self._durable, self._max_deliver)

@@ -51,8 +51,9 @@ class Recovery:
     def may_pull(self) -> bool:
         """Return whether the server may be asked for messages."""
         self.note_reconnect()
-        is_waiting = self._in_flight.needs_check.is_set() and self._is_leader_silent()
-        return self._is_stable and not is_waiting and self._nc.is_connected
+        if self._in_flight.needs_check.is_set() and self._is_leader_silent():
+            return False
+        return self._is_stable and self._nc.is_connected
 
     def _is_leader_silent(self) -> bool:
         return self._now() - self._in_flight.heard_at > CHECK_VALID_FOR
