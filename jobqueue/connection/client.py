@@ -10,7 +10,7 @@ import nats.errors
 from nats.aio.client import Client as NatsClient
 from nats.aio.msg import Msg
 from nats.aio.transport import TcpTransport
-from nats.errors import Error, SecureConnWantedError
+from nats.errors import ConnectionReconnectingError, Error, SecureConnWantedError
 from nats.protocol.command import hpub_cmd
 from nats.protocol.parser import AWAITING_MSG_PAYLOAD, PERMISSIONS_ERR
 
@@ -162,8 +162,13 @@ class Client(NatsClient):
     async def _attempt_reconnect(self) -> None:
         """Drop what is unsent on a dead connection; nats-py waits until TCP times out, or sends it much later.
 
-        And forget what was refused: the user may have other permissions now.
+        And fail the requests that wait: nobody answers them any more, and nats-py waits until their timeouts. And forget
+        what was refused: the user may have other permissions now.
         """
+        for waiting in list(self._resp_map.values()):
+            if not waiting.done():
+                waiting.set_exception(ConnectionReconnectingError())
+                waiting.exception()  # nobody has to read it
         self.refused_subjects.clear()
         self._is_inbox_refused = False
         self.abort()

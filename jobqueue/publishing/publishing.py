@@ -82,7 +82,7 @@ async def _publish_until_confirmed(
             )
         except (ValueError, TypeError, KeyError):  # the answer is no JetStream ack
             raise TimeoutError("the answer did not come from a stream") from None
-        except TimeoutError:
+        except (TimeoutError, ConnectionReconnectingError):
             is_unknown = True
             raise
         return Outcome.DUPLICATE if ack.duplicate and not is_retry else Outcome.STORED
