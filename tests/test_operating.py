@@ -197,7 +197,7 @@ async def test_a_request_that_fails_ends_in_one_line(server: Server, nc: Client)
 
         proxy.drops = drops
         script = await manage(server, "list", status=1, NATS_URL=proxy.url)
-    assert "list has not finished: timed out; run it again" in script.messages
+    assert "list has not finished: not connected to the server; run it again" in script.messages
     assert not [line for line in script.lines if "Traceback" in line]
 
 
