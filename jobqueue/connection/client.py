@@ -162,8 +162,8 @@ class Client(NatsClient):
     async def _attempt_reconnect(self) -> None:
         """Drop what is unsent on a dead connection; nats-py waits until TCP times out, or sends it much later.
 
-        And fail the requests that wait: nobody answers them any more, and nats-py waits until their timeouts. Forget what
-        was refused: the user may have other permissions now.
+        And fail the requests that wait: nobody answers them any more, and nats-py waits until their timeouts. Forget
+        what was refused: the user may have other permissions now.
         """
         for waiting in list(self._resp_map.values()):
             if not waiting.done():
