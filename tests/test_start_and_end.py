@@ -173,3 +173,33 @@ async def test_processes_of_a_users_work_can_be_ended(server: Server, nc: Client
         await emptied(nc, "orders_stream")
         assert await consumer.stop() == 0
     assert await messages(nc, "orders_unprocessed") == 0
+
+
+@pytest.mark.parametrize("command", [PUBLISHER, CONSUMER, DLQ])
+async def test_a_script_starts_without_what_windows_lacks(
+    server: Server, nc: Client, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    """Here these names are deleted, after the imports of the standard library that need them on Linux."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import asyncio, concurrent.futures.thread, logging, multiprocessing, os, random, runpy, signal, sys, uuid\n"
+        "del signal.SIGHUP, signal.pthread_sigmask, os.register_at_fork, os.set_blocking, os.get_blocking\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    await publish(nc, b"order-0")
+    async with server.script(str(program), *command) as script:
+        if command == PUBLISHER:
+            await script.line("published order no. 0")
+        else:
+            await until(lambda: has_pull_request(nc, command))
+        assert await script.stop() in (0, 1)
+    assert not any("Error" in line for line in script.lines)
+
+
+async def has_pull_request(nc: Client, command: tuple[str, ...]) -> bool:
+    stream, durable = (
+        ("orders_stream", "processor") if command == CONSUMER else ("orders_unprocessed", "unprocessed_order_handler")
+    )
+    found = await request(nc, f"CONSUMER.INFO.{stream}.{durable}")
+    return bool(found.get("num_waiting"))
