@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 from nats.aio.client import Client as NatsClient
+from nats.aio.msg import Msg
 from nats.errors import Error
 
 import jobqueue
-from jobqueue import Message, Outcome, connect, publish, publish_many
+from jobqueue import Message, Outcome, connect, consume, consume_dead_letters, publish, publish_many
 from jobqueue.connection.client import Client
-from tests.harness import Server, dead_letters, emptied, messages, serving, started, until
+from tests.harness import Server, dead_letters, emptied, messages, request, serving, started, until
 from tests.harness import publish as publish_
 
 PERMISSIONS = """authorization { users: [
@@ -80,6 +81,71 @@ async def test_an_example_of_work_that_fails_runs(
     async with server.script(str(program)) as running:
         await running.line(rf"error processing : {reason} \(attempt 1 of 2, stream sequence # 1\)")
         assert await running.stop() == 0
+
+
+async def test_one_event_shuts_several_consumers_of_a_process_down(
+    server: Server, nc: NatsClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is begun after that ends at once."""
+    monkeypatch.setenv("NATS_URL", server.url)
+    done: list[bytes] = []
+    shutdown = asyncio.Event()
+
+    async def process(order: Msg) -> None:
+        done.append(order.data)
+        shutdown.set()
+
+    await publish_(nc, b"order-0")
+    async with asyncio.timeout(20):
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(consume("orders_stream", "orders.*", process, shutdown=shutdown))
+            tasks.create_task(consume_dead_letters("orders_unprocessed", "orders_stream", process, shutdown=shutdown))
+        await consume("orders_stream", "orders.*", process, shutdown=shutdown)
+    assert done == [b"order-0"]
+
+
+async def test_one_signal_shuts_several_consumers_of_a_process_down(
+    server: Server, nc: NatsClient, tmp_path: Path
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import asyncio\nfrom jobqueue import consume, consume_dead_letters, run\n\n"
+        "async def work(order):\n    print(order.data)\n\n"
+        "async def main():\n    async with asyncio.TaskGroup() as tasks:\n"
+        "        tasks.create_task(consume('orders_stream', 'orders.*', work))\n"
+        "        tasks.create_task(consume_dead_letters('orders_unprocessed', 'orders_stream', work))\n\n"
+        "run(main())\n"
+    )
+    await publish_(nc, b"order-0")
+    async with server.script(str(program)) as running:
+        await emptied(nc, "orders_stream")
+        await until(lambda: is_served(nc))
+        assert await running.stop() == 0
+    assert [line for line in running.messages if line.startswith("stopped: ")] == [
+        "stopped: 1 orders processed, 0 deliveries failed",
+        "stopped: 0 dead letters done, 0 attempts failed, 0 advisories deleted",
+    ]
+    (told,) = running.found("shutting down: finishing (.*)")
+    assert told == "0 orders in flight, 0 dead letters in flight (signal again to exit now)"
+
+
+async def is_served(nc: NatsClient) -> bool:
+    found = await request(nc, "CONSUMER.INFO.orders_unprocessed.unprocessed_order_handler")
+    return bool(found.get("num_waiting"))
+
+
+@pytest.mark.parametrize(("end", "status"), [("sys.exit(3)", 3), ("raise Failure('told')", 1), ("raise KeyError", 1)])
+async def test_the_exit_status_is_what_the_program_ends_with(
+    server: Server, end: str, status: int, tmp_path: Path
+) -> None:
+    server: Server, end: str, status: int, tmp_path: Path
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(f"import sys\nfrom jobqueue import Failure, run\nasync def main():\n    {end}\nrun(main())\n")
+    script = await server.run(program)
+    assert script.process.returncode == status
+    if end == "raise Failure('told')":
+        assert script.messages == ["told"]
 
 
 async def test_the_example_of_each_other_name_runs(server: Server, nc: NatsClient, tmp_path: Path) -> None:

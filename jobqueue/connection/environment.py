@@ -105,7 +105,7 @@ def _tls_context() -> ssl.SSLContext | None:
     try:
         context = ssl.create_default_context(cafile=authority)
         if certificate:
-            context.load_cert_chain(certificate, key)
+            context.load_cert_chain(certificate, key, password="")  # an encrypted key must not ask at the terminal
     except OSError as error:  # of ssl too
         raise Failure(f"cannot use the files of NATS_CA, NATS_CERT and NATS_KEY: {error.strerror or error}") from None
     return context

@@ -62,23 +62,30 @@ def run(main: Coroutine[Any, Any, None]) -> None:
         sys.exit(status)
 
 
-async def _run_until_failure(main: Coroutine[Any, Any, None]) -> int:
+async def _run_until_failure(main: Coroutine[Any, Any, None]) -> Any:
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(MAX_THREADS))
     liveness_file = os.environ.get("LIVENESS_FILE")
     touching = asyncio.create_task(_touch_liveness_file(liveness_file)) if liveness_file else None
-    status, failure = 0, BaseException()
+    status: Any = 0
     try:
         await main
     except* Failure as group:  # logged here, since a thread that still runs delays the end of the event loop
-        status, failure = 1, group
-        while isinstance(failure, BaseExceptionGroup):
-            failure = failure.exceptions[0]
-        log.error("%s", failure)
+        status = 1
+        log.error("%s", _first(group))
+    except* SystemExit as exits:
+        status = _first(exits).code
     finally:
         await _join_threads()
         if touching:
             touching.cancel()
     return status
+
+
+def _first(error: Any) -> Any:
+    """Return the first error of a group of groups."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 async def _touch_liveness_file(name: str) -> None:

@@ -40,33 +40,42 @@ def shutdown_on_signal(
                 await write_next_line()
     """
     shutdown = shutdown or asyncio.Event()
-    _blocks.open(shutdown, describe_work)
+    block = _Block(shutdown, describe_work)
+    _blocks.open(block)
     try:
         yield shutdown
     finally:
-        _blocks.close(shutdown)
+        _blocks.close(block)
+
+
+class _Block:
+    """A block of `shutdown_on_signal`. Several may have the same event."""
+
+    def __init__(self, shutdown: asyncio.Event, describe_work: Callable[[], str]) -> None:
+        self.shutdown = shutdown
+        self.describe_work = describe_work
 
 
 class _Blocks:
     """The blocks that are open, and what a signal does to them."""
 
     def __init__(self) -> None:
-        self._works: dict[asyncio.Event, Callable[[], str]] = {}
+        self._open: list[_Block] = []
         self._first_at: float | None = None  # when the first signal came
         self._previous: dict[int, Any] = {}  # the signals' handlers outside of all blocks
 
-    def open(self, shutdown: asyncio.Event, describe_work: Callable[[], str]) -> None:
+    def open(self, block: _Block) -> None:
         self._loop = asyncio.get_running_loop()
-        if not self._works and threading.current_thread() is threading.main_thread():
+        if not self._open and threading.current_thread() is threading.main_thread():
             # The event loop's own handlers cannot run while it is blocked, for example by a stalled log.
             self._previous = {signum: signal.signal(signum, self._on_signal) for signum in handled_signals()}
-        self._works[shutdown] = describe_work
+        self._open.append(block)
         if self._first_at is not None:
-            shutdown.set()
+            block.shutdown.set()
 
-    def close(self, shutdown: asyncio.Event) -> None:
-        del self._works[shutdown]
-        if self._works:
+    def close(self, block: _Block) -> None:
+        self._open.remove(block)
+        if self._open:
             return
         for signum, handler in self._previous.items():
             if self._first_at is not None:
@@ -84,13 +93,13 @@ class _Blocks:
             end_process(signum)
 
     def _begin(self) -> None:
-        for shutdown in self._works:
-            shutdown.set()
+        for block in self._open:
+            block.shutdown.set()
         self._log_progress("shutting down")
 
     def _log_progress(self, what: str) -> None:
-        if self._works:
-            works = ", ".join(describe_work() for describe_work in self._works.values())
+        if self._open:
+            works = ", ".join(block.describe_work() for block in self._open)
             log.info("%s: finishing %s (signal again to exit now)", what, works)
             self._loop.call_later(PROGRESS_INTERVAL, self._log_progress, "still shutting down")
 
