@@ -138,8 +138,6 @@ async def is_served(nc: NatsClient) -> bool:
 async def test_the_exit_status_is_what_the_program_ends_with(
     server: Server, end: str, status: int, tmp_path: Path
 ) -> None:
-    server: Server, end: str, status: int, tmp_path: Path
-) -> None:
     program = tmp_path / "program.py"
     program.write_text(f"import sys\nfrom jobqueue import Failure, run\nasync def main():\n    {end}\nrun(main())\n")
     script = await server.run(program)
