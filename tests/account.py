@@ -181,7 +181,7 @@ class Accountant:
         for script in self.group.all:
             status, last = script.process.returncode, "\n".join(script.lines[-5:])
             is_expected = status == 0 or (status == 1 and EXCUSES.search(last))
-            if status in (-9, -15):  # SIGTERM ends a script at once that has nothing in flight yet
+            if status in (-9, -15, 128 + 15):  # SIGTERM ends a script at once that has nothing in flight yet
                 is_expected = script in self.signalled and (status == -9 or not script.found("shutting down.*"))
             if not is_expected:
                 yield f"{self._label(script)} ended with {status}:\n{last}"
