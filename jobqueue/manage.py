@@ -158,9 +158,13 @@ async def carry_out(nc: Client) -> None:
     except (Error, TimeoutError) as error:
         raise Failure(f"{options.command} has not finished: {describe_error(error)}; run it again") from None
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more
         if not isinstance(error, BrokenPipeError):  # then whoever reads the list has seen enough
             raise Failure(f"cannot print: {error.strerror}") from None
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # Python flushes it once more, and would end with exit status 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 async def main() -> None:

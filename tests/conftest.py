@@ -1,6 +1,7 @@
 """A server for each test, and what the tests that break things take from the command line."""
 
 import random
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 from nats.aio.client import Client
 
 from tests.harness import Server, serving
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, and each process of a test inherits that
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
