@@ -23,7 +23,7 @@ MAX_PRINTED = 200  # characters of a payload in a log line
 MAX_TRACEBACK = 100  # lines
 # Folders of installed libraries and of Python itself.
 LIBRARIES = (sysconfig.get_path("stdlib"), "site-packages", "dist-packages", str(Path(__file__).parent))
-MAX_RETRY_AFTER = 30 * 86400.0  # seconds
+MAX_RETRY_AFTER = 86400.0  # seconds; whoever looks for dead letters without an advisory waits for as long
 UNKNOWN_AUTHORITY = (18, 19, 20, 21)  # https://docs.openssl.org/3.0/man3/X509_STORE_CTX_get_error/
 
 
@@ -45,7 +45,7 @@ class Retry(Exception):  # noqa: N818
 
     Args:
         reason: for the log and for `list`.
-        delay: seconds until the next attempt; by default the back-off.
+        delay: seconds until the next attempt, up to a day; by default the back-off.
 
     Example:
         async def process(order):

@@ -1,6 +1,7 @@
 """What needs no server and no process: all of it takes about a second."""
 
 import asyncio
+import functools
 import json
 import os
 import re
@@ -39,6 +40,7 @@ from jobqueue.publishing.message import Message, Outcome
 from jobqueue.script import arguments, lines
 from jobqueue.worker.pulling import Prefetch, describe_status
 from jobqueue.worker.time_limit import TimeLimit
+from jobqueue.worker.worker import check_arguments
 
 table = pytest.mark.parametrize
 random_inputs = settings(
@@ -465,3 +467,33 @@ async def test_a_task_can_have_a_time_out_after_one_of_its_requests_has_failed()
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01):
             await asyncio.sleep(60)
+
+
+async def test_a_shutdown_at_the_end_of_a_chunk_is_no_end_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "CHUNK", 4)
+    (tmp_path / "orders").write_bytes(b"one\ntwo\n")
+    shutdown = asyncio.Event()
+    found = lines.read_lines(str(tmp_path / "orders"), 10, shutdown)
+    assert await anext(found) == b"one"
+    shutdown.set()
+    with pytest.raises(Failure, match="stopped: line 2 and what"):
+        await anext(found)
+
+
+class Mailer:
+    def send(self, order: Msg) -> None:
+        """A plain method."""
+
+    async def send_later(self, order: Msg) -> None:
+        """A coroutine method."""
+
+
+def test_work_must_be_a_coroutine_function() -> None:
+    mailer = Mailer()
+    for plain in (mailer.send, functools.partial(mailer.send), print):
+        with pytest.raises(TypeError, match="must be a coroutine function"):
+            check_arguments(plain, 1, 1)
+    for work in (mailer.send_later, functools.partial(mailer.send_later), lambda order: mailer.send_later(order)):
+        check_arguments(work, 1, 1, "orders_stream")

@@ -15,6 +15,7 @@ from tests.harness import (
     Server,
     dead_letters,
     durable_info,
+    edited,
     emptied,
     holds,
     messages,
@@ -120,6 +121,19 @@ async def test_dead_is_no_end_where_an_operator_has_set_no_limit(server: Server,
         assert await consumer.stop() == 0
     before, after = times(consumer)[-2:]
     assert after - before > 4
+
+
+async def test_without_a_limit_a_failure_waits_for_the_back_off(server: Server, nc: Client, tmp_path: Path) -> None:
+    code = "BACKOFF = [1.0]\nMAX_DELIVER = -1"
+    await publish(nc, b"order-0")
+    async with server.script(edited(CONSUMER[0], code, tmp_path), *CONSUMER[1:], "--failure-rate", "1") as consumer:
+        await consumer.line("error processing order-0", 3)
+        assert await consumer.stop() == 0
+    first, *_, last = (
+        when for when, line in zip(consumer.times, consumer.lines, strict=True) if "error processing" in line
+    )
+    assert last - first > 1
+    assert not consumer.found(".*via DLQ")
 
 
 async def test_a_dead_letter_that_stays_dead_is_discarded(server: Server, nc: Client, tmp_path: Path) -> None:

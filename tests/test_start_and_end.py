@@ -20,6 +20,7 @@ from tests.harness import (
     PUBLISHER,
     Server,
     clustered,
+    dead_letters,
     edited,
     emptied,
     has_in_flight,
@@ -100,6 +101,21 @@ async def test_acks_that_are_not_confirmed_are_an_error(server: Server, nc: Clie
     assert consumer.messages[-2:] == [
         "stopped: 2 orders processed, 0 deliveries failed",
         "2 messages may be redelivered: their acks are not confirmed",
+    ]
+
+
+async def test_dead_letters_that_are_not_removed_are_an_error(server: Server, nc: Client, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    await dead_letters(nc, b"order-0")
+    script = with_body(DLQ[0], "reprocess", waiting(go), tmp_path)
+    async with server.script(script, *DLQ[1:]) as dlq:
+        await dlq.line("reprocessing order order-0")
+        await server.stop()
+        go.touch()
+        assert await dlq.stop() == 1
+    assert dlq.messages[-2:] == [
+        "stopped: 0 dead letters done, 0 attempts failed, 0 advisories deleted",
+        "1 dead letters may be reprocessed again: their removal is not confirmed",
     ]
 
 

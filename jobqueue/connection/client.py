@@ -35,7 +35,7 @@ class Client(NatsClient):
         self.refused_subjects: dict[str, str] = {}  # subject (in lower case, as nats-py has it): the server's message
         self.ends_at_refusal = False  # whether `has_refused` ends all work; else requests fail
         self.has_refused = asyncio.Event()
-        self.may_be_refused = ""  # a subject (in lower case) whose refusal is expected
+        self.may_be_refused: set[str] = set()  # beginnings of subjects (in lower case) whose refusal ends no work
         self._requests: WeakKeyDictionary[asyncio.Future[Msg], str] = WeakKeyDictionary()  # and their subjects
         self._is_inbox_refused = False
 
@@ -74,7 +74,7 @@ class Client(NatsClient):
         is_inbox = subject == f"{(self._resp_sub_prefix or b'').decode().lower()}*"
         self._is_inbox_refused |= is_inbox
         is_known = subject in self.refused_subjects
-        if subject != self.may_be_refused:
+        if not subject.startswith(tuple(self.may_be_refused)):
             self.refused_subjects[subject] = why
             self.has_refused.set()
             if self.ends_at_refusal:

@@ -13,6 +13,7 @@ from jobqueue.dead_letters.advisories import require_streams
 from jobqueue.dead_letters.processing import Processing
 from jobqueue.dead_letters.searching import search
 from jobqueue.dead_letters.verifying import Verifier
+from jobqueue.errors import Failure
 from jobqueue.jetstream.failures import Failures
 from jobqueue.worker.consuming import MAX_ACK_PENDING
 from jobqueue.worker.shutdown import shutdown_on_signal
@@ -91,6 +92,8 @@ async def consume_dead_letters(
             "stopped: %d dead letters done, %d attempts failed, %d advisories deleted",
             *(processing.tally[outcome] for outcome in ("done", "failed", "deleted")),
         )
+        if unconfirmed := processing.tally["unconfirmed"]:
+            raise Failure(f"{unconfirmed} dead letters may be reprocessed again: their removal is not confirmed")
         worker.require_confirmed()
 
     async with connect(f"dlq_{stream}", no_echo=True) as nc:

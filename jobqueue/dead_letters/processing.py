@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from jobqueue.jetstream.acks import ACK, LEAVE, TERM, ack_subject, delayed_nak, 
 from jobqueue.jetstream.failures import Failures
 from jobqueue.worker.pulling import MAX_BYTES
 from jobqueue.worker.time_limit import TimeLimit
+from jobqueue.worker.worker import SHUTDOWN_CONFIRM_TIME
 
 log = logging.getLogger(__name__)
 
@@ -127,10 +129,26 @@ class Processing:
                 delay = error.delay
             log.error("%s stays in %s; next attempt in %g s", order, letter.stream, delay)
             return delayed_nak(delay)
-        else:
-            self.tally["done"] += 1
-        await self._retry(hint, lambda: remove(self.nc, letter))
+        await self._remove(letter)
+        self.tally["discarded" if error else "done"] += 1
         return ACK
+
+    async def _remove(self, letter: DeadLetter) -> None:
+        """Remove a dead letter that is done; a shutdown waits for the server as long as for the last acks."""
+        now, give_up_at = asyncio.get_running_loop().time, math.inf
+
+        def is_over(_: Exception) -> bool:
+            nonlocal give_up_at
+            if self.shutdown.is_set():
+                give_up_at = min(give_up_at, now() + SHUTDOWN_CONFIRM_TIME)
+            return now() >= give_up_at
+
+        what = f"dead letter # {letter.message.sequence} in {letter.stream}"
+        try:
+            await retry(lambda: remove(self.nc, letter), what, is_over)
+        except (*TRANSIENT_ERRORS, NotFoundError):
+            self.tally["unconfirmed"] += 1
+            raise
 
     async def _retry(self, hint: Hint, call: Callable[[], Awaitable[T]]) -> T:
         # A transient error must not cost an attempt, so it is waited out here.

@@ -43,11 +43,11 @@ class Failures:
     async def find(cls, nc: Client, stream: str) -> "Failures":
         """Look for the stream that keeps the reasons. For a user who may not do that, there is none."""
         kept_in = ""
-        nc.may_be_refused = "$js.api.stream.names"
+        nc.may_be_refused |= {"$js.api.stream.names", f"{SUBJECT}."}
         with suppress(Error, TimeoutError):
             names = await api_request(nc, "STREAM.NAMES", {"subject": f"{SUBJECT}.{stream}.*"})
             kept_in = next(iter(names["streams"] or []), "")
-        nc.may_be_refused = ""
+        nc.may_be_refused.remove("$js.api.stream.names")
         return cls(nc, stream, kept_in)
 
     async def report(self, message: Msg, error: BaseException, attempt: int) -> None:
@@ -71,7 +71,7 @@ class Failures:
             found = (await api_request(self._nc, f"STREAM.MSG.GET.{self._kept_in}", request))["message"]
         except NotFoundError:
             return None
-        with suppress(ValueError, KeyError, TypeError):  # anybody may have written it
+        with suppress(ValueError, KeyError, TypeError, OverflowError):  # anybody may have written it
             reason = json.loads(base64.b64decode(found["data"]))
             if reason["stored_at"] == stored_at:  # else it is of a stream that was deleted
                 return Reason(str(reason["reason"]), int(reason["attempt"]), parse_time(found["time"]))

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import select
+import stat
 import threading
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -96,4 +97,6 @@ async def _read(descriptor: int, shutdown: asyncio.Event) -> bytes:
     waiting = asyncio.create_task(shutdown.wait())
     await asyncio.wait((reading, waiting), return_when=asyncio.FIRST_COMPLETED)
     waiting.cancel()
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):  # its next chunk, or its end, comes at once
+        return await reading
     return reading.result() if reading.done() else b""

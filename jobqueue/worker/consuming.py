@@ -13,7 +13,7 @@ from nats.js.api import AckPolicy, ConsumerConfig
 from jobqueue.connection.client import Client
 from jobqueue.connection.connecting import connect, run_until_refused
 from jobqueue.errors import Dead, Retry, describe_attempt, printable
-from jobqueue.jetstream.acks import ACK, LEAVE, NAK, delayed_nak
+from jobqueue.jetstream.acks import ACK, LEAVE, NAK, delayed_nak, parse_ack_subject
 from jobqueue.jetstream.durables import Durables, note_delay
 from jobqueue.jetstream.failures import Failures
 from jobqueue.jetstream.streams import queue_command, require_stream, warn_if_lost
@@ -24,7 +24,7 @@ from jobqueue.worker.worker import Worker, check_arguments
 log = logging.getLogger(__name__)
 
 MAX_ACK_PENDING = 100_000  # messages in flight or waiting for a retry; while there are more, no new ones are delivered
-MAX_DEAD = 10_000  # messages that are remembered
+MAX_DEAD = 10_000  # dead messages with attempts left that are remembered
 
 
 async def consume(
@@ -114,7 +114,7 @@ class _Handler:
     process: Callable[[Msg], Awaitable[None]]
     time_limit: TimeLimit
     failures: Failures
-    _dead: dict[int, Dead] = field(default_factory=dict)  # by stream sequence, while they have attempts left
+    _dead: dict[tuple[int, int], Dead] = field(default_factory=dict)  # messages that have attempts left
 
     def __post_init__(self) -> None:
         self._durables = Durables(self.nc, self.stream)
@@ -123,7 +123,9 @@ class _Handler:
 
     async def handle(self, message: Msg) -> bytes:
         """Process a message and return its ack."""
-        known = self._dead.pop(message.metadata.sequence.stream, None) if self._dead else None
+        known = self._dead.pop(parse_ack_subject(message.reply)[:2], None) if self._dead else None
+        if known and message.metadata.num_delivered == 1:  # the durable was created again, for fresh attempts
+            known = None
         error = known or await self.time_limit.run(self.process(message))
         if not error:
             return ACK
@@ -133,7 +135,8 @@ class _Handler:
             log.warning("error processing %s%s", printable(message.data), why)
             if message.is_acked:  # by `order.nak()` in `process`, say: then that counts
                 return LEAVE
-        has_limit = await self._durables.has_max_deliver(self._durable, self._max_deliver)
+        may_die = self._max_deliver > 0 and (attempt >= self._max_deliver or isinstance(error, Dead))
+        has_limit = may_die and await self._durables.has_max_deliver(self._durable, self._max_deliver)
         if has_limit and attempt >= self._max_deliver:
             log.error("%s will be processed via DLQ", printable(message.data))
             await self.failures.report(message, error, attempt)
@@ -141,7 +144,7 @@ class _Handler:
         if has_limit and isinstance(error, Dead):
             if len(self._dead) >= MAX_DEAD:
                 del self._dead[next(iter(self._dead))]
-            self._dead[sequence] = error
+            self._dead[parse_ack_subject(message.reply)[:2]] = error
             return NAK  # until it has no attempt left
         if isinstance(error, Retry) and error.delay is not None:
             with suppress(Error, TimeoutError):

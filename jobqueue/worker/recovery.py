@@ -85,10 +85,8 @@ class Recovery:
         """Check and recover whenever that is needed, for ever."""
         while True:
             await self._in_flight.needs_check.wait()
-            if (
-                self._now() - self._in_flight.heard_at > CHECK_VALID_FOR
-            ):  # no pull request then until the leader answers
-                self._is_stable = False
+            if self._is_leader_silent():
+                self._is_stable = False  # no pull request until the leader answers
             await self._until_stable()
             self._is_stable = True
 

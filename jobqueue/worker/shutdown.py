@@ -65,8 +65,10 @@ class _Blocks:
         self._previous: dict[int, Any] = {}  # the signals' handlers outside of all blocks
 
     def open(self, block: _Block) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
         self._loop = asyncio.get_running_loop()
-        if not self._open and threading.current_thread() is threading.main_thread():
+        if not self._open:
             # The event loop's own handlers cannot run while it is blocked, for example by a stalled log.
             self._previous = {signum: signal.signal(signum, self._on_signal) for signum in handled_signals()}
         self._open.append(block)
@@ -74,6 +76,8 @@ class _Blocks:
             block.shutdown.set()
 
     def close(self, block: _Block) -> None:
+        if block not in self._open:
+            return
         self._open.remove(block)
         if self._open:
             return

@@ -37,7 +37,8 @@ Handle = Callable[[Msg], Awaitable[bytes]]
 def check_arguments(work: Callable[..., Any], concurrency: int, time_limit: float, *names: str) -> None:
     """Raise TypeError or ValueError for what would fail with each message."""
     function = work.func if isinstance(work, partial) else work
-    if inspect.isfunction(function) and function.__name__ != "<lambda>" and not inspect.iscoroutinefunction(function):
+    is_plain = inspect.isroutine(function) and not inspect.iscoroutinefunction(function)
+    if is_plain and function.__name__ != "<lambda>":
         raise TypeError(f"{function.__name__} must be a coroutine function: async def {function.__name__}(...)")
     if not 1 <= concurrency <= MAX_CONCURRENCY:
         raise ValueError(f"concurrency is from 1 to {MAX_CONCURRENCY}, not {concurrency!r}")
