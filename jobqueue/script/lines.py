@@ -37,14 +37,19 @@ async def read_lines(file: str, max_length: int, shutdown: asyncio.Event) -> Asy
         descriptor = 0 if file == "-" else os.open(file, os.O_RDONLY)
     except OSError as error:
         raise Failure(f"cannot read {printable(file)}: {error.strerror}") from None
-    number, rest, is_cut = 1, b"", False
+    number, rest, is_cut, is_idle = 1, b"", False, True
 
     def check_shutdown() -> None:
         if shutdown.is_set():
             raise Failure(f"stopped: line {number} and what follows it are not published")
 
     try:
-        while chunk := await _read(descriptor, shutdown):
+        while True:
+            is_idle = False
+            chunk = await _read(descriptor, shutdown)
+            is_idle = bool(chunk) or not shutdown.is_set()
+            if not chunk:
+                break
             *whole, rest = (rest + chunk).split(b"\n")
             for line in whole:
                 check_shutdown()
@@ -66,7 +71,8 @@ async def read_lines(file: str, max_length: int, shutdown: asyncio.Event) -> Asy
     except OSError as error:
         raise Failure(f"cannot read {printable(file)}: {error.strerror}") from None
     finally:
-        if descriptor:
+        # After a shutdown or a cancellation a thread may still read it: its number must not become another file's.
+        if descriptor and is_idle:
             os.close(descriptor)
 
 
