@@ -112,6 +112,7 @@ async def test_many_large_dead_letters_do_not_end_the_connection(tmp_path: Path)
             await publish_large(nc, 40, 1_000_000)
             async with server.script(*CONSUMER, "--failure-rate", "1", "--concurrency", "16") as consumer:
                 await consumer.line(".* will be processed via DLQ", 40)
+                assert await consumer.stop() == 0  # killed now, it might not have sent the last nak
             async with server.script(*DLQ, "--concurrency", "100") as dlq:
                 await emptied(nc, "orders_stream", "orders_unprocessed")
                 assert await dlq.stop() == 0
