@@ -71,7 +71,7 @@ class Failures:
             found = (await api_request(self._nc, f"STREAM.MSG.GET.{self._kept_in}", request))["message"]
         except NotFoundError:
             return None
-        with suppress(ValueError, KeyError, TypeError, OverflowError):  # anybody may have written it
+        with suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):  # anybody may have written it
             reason = json.loads(base64.b64decode(found["data"]))
             if reason["stored_at"] == stored_at:  # else it is of a stream that was deleted
                 return Reason(str(reason["reason"]), int(reason["attempt"]), parse_time(found["time"]))
