@@ -94,10 +94,16 @@ def printable(data: bytes | str, length: int = MAX_PRINTED) -> str:
     return shown
 
 
-def describe_error(error: BaseException) -> str:
-    """Return in one printable line what an error says."""
+def first_error(error: BaseException) -> BaseException:
+    """Return the first error of a group, or of a group of groups; any other error as it is."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
+    return error
+
+
+def describe_error(error: BaseException) -> str:
+    """Return in one printable line what an error says."""
+    error = first_error(error)
     try:
         message = str(error).removeprefix("nats: ")
     except BaseException:  # a user's own exception may raise anything here

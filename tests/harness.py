@@ -342,6 +342,11 @@ async def messages(nc: Client, stream: str) -> int:
     return (await state(nc, stream))["messages"]
 
 
+async def has_pull_request(nc: Client, stream: str, durable: str) -> bool:
+    """Return whether a durable is there and somebody asks it for messages."""
+    return bool((await request(nc, f"CONSUMER.INFO.{stream}.{durable}")).get("num_waiting"))
+
+
 async def holds(nc: Client, stream: str, count: int) -> bool:
     """Return whether a stream has so many messages."""
     return await messages(nc, stream) == count

@@ -19,7 +19,7 @@ from nats.errors import Error
 import jobqueue
 from jobqueue import Message, Outcome, connect, consume, consume_dead_letters, publish, publish_many
 from jobqueue.connection.client import Client
-from tests.harness import Server, dead_letters, emptied, messages, request, serving, started, until
+from tests.harness import Server, dead_letters, emptied, has_pull_request, messages, serving, started, until
 from tests.harness import publish as publish_
 
 PERMISSIONS = """authorization { users: [
@@ -119,7 +119,7 @@ async def test_one_signal_shuts_several_consumers_of_a_process_down(
     await publish_(nc, b"order-0")
     async with server.script(str(program)) as running:
         await emptied(nc, "orders_stream")
-        await until(lambda: is_served(nc))
+        await until(lambda: has_pull_request(nc, "orders_unprocessed", "unprocessed_order_handler"))
         assert await running.stop() == 0
     assert [line for line in running.messages if line.startswith("stopped: ")] == [
         "stopped: 1 orders processed, 0 deliveries failed",
@@ -127,11 +127,6 @@ async def test_one_signal_shuts_several_consumers_of_a_process_down(
     ]
     (told,) = running.found("shutting down: finishing (.*)")
     assert told == "0 orders in flight, 0 dead letters in flight (signal again to exit now)"
-
-
-async def is_served(nc: NatsClient) -> bool:
-    found = await request(nc, "CONSUMER.INFO.orders_unprocessed.unprocessed_order_handler")
-    return bool(found.get("num_waiting"))
 
 
 @pytest.mark.parametrize(("end", "status"), [("sys.exit(3)", 3), ("raise Failure('told')", 1), ("raise KeyError", 1)])

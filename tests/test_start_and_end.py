@@ -24,6 +24,7 @@ from tests.harness import (
     edited,
     emptied,
     has_in_flight,
+    has_pull_request,
     messages,
     publish,
     request,
@@ -208,14 +209,11 @@ async def test_a_script_starts_without_what_windows_lacks(
         if command == PUBLISHER:
             await script.line("published order no. 0")
         else:
-            await until(lambda: has_pull_request(nc, command))
+            stream, durable = (
+                ("orders_stream", "processor")
+                if command == CONSUMER
+                else ("orders_unprocessed", "unprocessed_order_handler")
+            )
+            await until(lambda: has_pull_request(nc, stream, durable))
         assert await script.stop() in (0, 1)
     assert not any("Error" in line for line in script.lines)
-
-
-async def has_pull_request(nc: Client, command: tuple[str, ...]) -> bool:
-    stream, durable = (
-        ("orders_stream", "processor") if command == CONSUMER else ("orders_unprocessed", "unprocessed_order_handler")
-    )
-    found = await request(nc, f"CONSUMER.INFO.{stream}.{durable}")
-    return bool(found.get("num_waiting"))

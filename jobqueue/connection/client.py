@@ -81,9 +81,7 @@ class Client(NatsClient):
                 return True
         failing = [one for one, requested in self._requests.items() if is_inbox or requested == subject]
         for waiting in failing:
-            if not waiting.done():
-                waiting.set_exception(Error(f"nats: {why}"))
-                waiting.exception()  # nobody has to read it
+            _fail(waiting, Error(f"nats: {why}"))
         return bool(failing) or is_known
 
     def _connect_command(self) -> bytes:
@@ -166,9 +164,7 @@ class Client(NatsClient):
         what was refused: the user may have other permissions now.
         """
         for waiting in list(self._resp_map.values()):
-            if not waiting.done():
-                waiting.set_exception(ConnectionReconnectingError())
-                waiting.exception()  # nobody has to read it
+            _fail(waiting, ConnectionReconnectingError())
         self.refused_subjects.clear()
         self._is_inbox_refused = False
         self.abort()
@@ -186,3 +182,10 @@ class Client(NatsClient):
         if isinstance(self._transport, TcpTransport) and self._transport._io_writer:
             with suppress(AttributeError):  # of asyncio's, where TLS has ended already
                 self._transport._io_writer.transport.abort()
+
+
+def _fail(waiting: asyncio.Future[Msg], error: Exception) -> None:
+    """Let a request that waits for its answer raise an error."""
+    if not waiting.done():
+        waiting.set_exception(error)
+        waiting.exception()  # nobody has to read it

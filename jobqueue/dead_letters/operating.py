@@ -28,6 +28,7 @@ from jobqueue.jetstream.failures import Failures
 from jobqueue.jetstream.reading import get_message
 from jobqueue.jetstream.streams import REQUEST_TIMEOUT, require_connection
 from jobqueue.jetstream.tasks import run_for_each
+from jobqueue.worker.consuming import MAX_ACK_PENDING
 from jobqueue.worker.time_limit import TimeLimit
 from jobqueue.worker.worker import Worker
 
@@ -38,7 +39,6 @@ LEASE = 30.0  # seconds
 RELEASE_DELAY = 0.001  # seconds
 RETRY_DELAY = 3.0  # seconds; then our last pull request has ended, and a DLQ processor gets what was skipped
 ACK_WAIT = 5.0  # seconds, of a durable that no DLQ processor has configured yet
-MAX_ACK_PENDING = 100_000  # as DLQ processors have it
 HEARTBEAT_LATENESS = 0.5  # seconds until a heartbeat has arrived
 WATCH_INTERVAL = 0.2  # seconds
 IN_FLIGHT = "a DLQ processor or another operator has it in flight"

@@ -39,7 +39,7 @@ async def ensure_durable(nc: Client, stream: str, config: ConsumerConfig, *, upd
         nats.errors.Error: the request timed out or was refused.
     """
     durable, own = config.durable_name, {field: value for field, value in config.as_dict().items() if value}
-    subject = f"CONSUMER.CREATE.{stream}.{durable}" + (f".{config.filter_subject}" if config.filter_subject else "")
+    subject = _create_subject(stream, config)
     try:
         info = await api_request(nc, f"CONSUMER.INFO.{stream}.{durable}")
     except NotFoundError:
@@ -79,6 +79,11 @@ def _keep_max_ack_pending(stream: str, current: dict[str, Any], own: dict[str, A
         log.warning("the durable's max_ack_pending of %s is kept; `%s` sets it to %s", kept, command, wanted)
 
 
+def _create_subject(stream: str, config: ConsumerConfig) -> str:
+    subject = f"CONSUMER.CREATE.{stream}.{config.durable_name}"
+    return f"{subject}.{config.filter_subject}" if config.filter_subject else subject
+
+
 async def _configure(nc: Client, subject: str, request: dict[str, Any]) -> dict[str, Any]:
     try:
         return await api_request(nc, subject, request)
@@ -111,9 +116,8 @@ async def note_delay(nc: Client, stream: str, config: ConsumerConfig, seconds: f
     current = info["config"]
     metadata = {LONGEST_DELAY: f"{max(noted, longest_delay(current.get('metadata'))):g}"}
     current["metadata"] = (current.get("metadata") or {}) | metadata
-    subject = f"CONSUMER.CREATE.{stream}.{config.durable_name}"
-    subject += f".{config.filter_subject}" if config.filter_subject else ""
-    await _configure(nc, subject, {"stream_name": stream, "config": current, "action": "update"})
+    request = {"stream_name": stream, "config": current, "action": "update"}
+    await _configure(nc, _create_subject(stream, config), request)
     config.metadata = metadata
 
 

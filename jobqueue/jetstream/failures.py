@@ -13,7 +13,7 @@ from jobqueue.connection.client import Client
 from jobqueue.errors import describe_error
 from jobqueue.jetstream.acks import parse_ack_subject
 from jobqueue.jetstream.stored import parse_time
-from jobqueue.jetstream.streams import api_request
+from jobqueue.jetstream.streams import api_request, find_stream
 
 SUBJECT = "failures"  # .<stream>.<stream sequence>
 
@@ -45,8 +45,7 @@ class Failures:
         kept_in = ""
         nc.may_be_refused |= {"$js.api.stream.names", f"{SUBJECT}."}
         with suppress(Error, TimeoutError):
-            names = await api_request(nc, "STREAM.NAMES", {"subject": f"{SUBJECT}.{stream}.*"})
-            kept_in = next(iter(names["streams"] or []), "")
+            kept_in = await find_stream(nc, f"{SUBJECT}.{stream}.*")
         nc.may_be_refused.remove("$js.api.stream.names")
         return cls(nc, stream, kept_in)
 

@@ -4,6 +4,7 @@ import asyncio
 
 MIN_RATE = 64 * 1024  # bytes a second (0.5 Mbit/s); timeouts allow for a link as slow as that
 MIN_WINDOW = 128 * 1024  # bytes, while nothing is known of the link
+OVERHEAD = 256  # bytes of a message for its subjects and its headers
 INTERVAL = 0.1  # seconds of one measurement
 DECAY = 0.9  # of the measured rate in each interval in which less came: there may have been less to come
 

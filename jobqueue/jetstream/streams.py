@@ -99,6 +99,16 @@ def subjects_overlap(one: str, other: str) -> bool:
     return len(tokens) == len(others)
 
 
+async def find_stream(nc: Client, subject: str) -> str:
+    """Return the name of the stream that takes a subject; "" if there is none.
+
+    Raises:
+        nats.errors.Error: the request timed out or was refused.
+    """
+    names = await api_request(nc, "STREAM.NAMES", {"subject": subject})
+    return next(iter(names["streams"] or []), "")
+
+
 async def require_stream_for(nc: Client, subject: str) -> None:
     """Check that a stream takes a subject. A publish alone cannot tell that from a stream without a leader.
 
@@ -114,12 +124,12 @@ async def require_stream_for(nc: Client, subject: str) -> None:
             await require_stream_for(nc, "orders.new")
     """
     try:
-        found = await api_request(nc, "STREAM.NAMES", {"subject": subject})
+        stream = await find_stream(nc, subject)
     except TRANSIENT_ERRORS:
         return  # publishing tries again
     except Error as error:
         raise Failure(f"cannot tell whether a stream takes {subject}: {describe_error(error)}") from None
-    if not found["streams"]:
+    if not stream:
         raise Failure(f"no stream takes the subject {subject}: create one with {queue_command('STREAM', subject)}")
 
 

@@ -13,7 +13,7 @@ from nats.errors import ConnectionClosedError, ConnectionReconnectingError, Erro
 from jobqueue.connection.client import Client
 from jobqueue.connection.retrying import MAX_RETRY_DELAY, retry
 from jobqueue.errors import describe_error
-from jobqueue.jetstream.link import MIN_RATE, LinkWindow, transfer_time
+from jobqueue.jetstream.link import MIN_RATE, OVERHEAD, LinkWindow, transfer_time
 from jobqueue.publishing.message import Message, Outcome
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,6 @@ PUBLISH_TIMEOUT = 30.0  # seconds for all attempts; well within the stream's dup
 WINDOW = 1000  # messages in flight
 WINDOW_TIME = 1.0  # seconds that the bytes in flight may take on the link
 MAX_WINDOW_BYTES = 4 * 2**20
-OVERHEAD = 256  # bytes of a message for its subjects and its id
 MAX_SUBJECT = 2048  # characters; the server ends the connection at a line of 4,096
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jobqueue.errors import Failure, describe_error, printable
+from jobqueue.errors import Failure, describe_error, first_error, printable
 from jobqueue.script.logs import set_up_logging
 from jobqueue.worker.shutdown import PROGRESS_INTERVAL, end_while_starting, handled_signals, reset_signals_when_forked
 
@@ -71,21 +71,14 @@ async def _run_until_failure(main: Coroutine[Any, Any, None]) -> Any:
         await main
     except* Failure as group:  # logged here, since a thread that still runs delays the end of the event loop
         status = 1
-        log.error("%s", _first(group))
+        log.error("%s", first_error(group))
     except* SystemExit as exits:
-        status = _first(exits).code
+        status = getattr(first_error(exits), "code", 1)
     finally:
         await _join_threads()
         if touching:
             touching.cancel()
     return status
-
-
-def _first(error: Any) -> Any:
-    """Return the first error of a group of groups."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 async def _touch_liveness_file(name: str) -> None:

@@ -11,7 +11,7 @@ from nats.aio.msg import Msg
 
 from jobqueue.connection.client import Client
 from jobqueue.errors import printable
-from jobqueue.jetstream.link import LinkWindow
+from jobqueue.jetstream.link import OVERHEAD, LinkWindow
 
 PULL_EXPIRES = 2.0  # seconds; a graceful shutdown waits for it, since a dropped delivery costs the message an attempt
 MAX_PULL_LATENESS = 2.0  # seconds after that until its answer counts as lost
@@ -21,7 +21,6 @@ MAX_REQUESTS = 2  # at a time
 MAX_BYTES = 16 * 2**20  # of messages that are requested or in hand
 MAX_WINDOW_BYTES = 8 * 2**20
 MIN_LIMIT = 2 * 2**20  # bytes of a request; a batch that can't exceed its limit is sent without `max_bytes`
-OVERHEAD = 256  # bytes of a delivery for its subjects
 TOO_LARGE = "409 Message Size Exceeds MaxBytes"  # the next message, for what is left of a request's bytes
 
 OnDelivery = Callable[[Msg], Awaitable[None]]

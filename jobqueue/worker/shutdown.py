@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +48,11 @@ def shutdown_on_signal(
         _blocks.close(block)
 
 
-class _Block:
+class _Block(NamedTuple):
     """A block of `shutdown_on_signal`. Several may have the same event."""
 
-    def __init__(self, shutdown: asyncio.Event, describe_work: Callable[[], str]) -> None:
-        self.shutdown = shutdown
-        self.describe_work = describe_work
+    shutdown: asyncio.Event
+    describe_work: Callable[[], str]
 
 
 class _Blocks:
