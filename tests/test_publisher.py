@@ -15,7 +15,7 @@ from nats.aio.msg import Msg
 from jobqueue.connection.connecting import connect
 from jobqueue.publishing.message import Message, Outcome
 from jobqueue.publishing.publishing import publish, publish_many
-from tests.harness import PATIENCE, PUBLISHER, Script, Server, edited, messages, request, serving
+from tests.harness import PATIENCE, PUBLISHER, Script, Server, edited, messages, request, serving, until
 from tests.proxy import proxied
 
 PIPELINED = (*PUBLISHER, "--interval", "0")
@@ -259,3 +259,11 @@ async def test_only_a_streams_answer_counts(
         async with asyncio.timeout(PATIENCE):
             assert await publishing == {Outcome.STORED: 5}
     assert await messages(nc, "orders_stream") == 5
+
+
+async def test_a_signal_ends_the_wait_for_a_writer_of_a_named_pipe(server: Server, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "orders")
+    async with server.script(*PUBLISHER, "--input", str(tmp_path / "orders")) as publisher:
+        process = psutil.Process(publisher.process.pid)
+        await until(lambda: process.num_threads() > 1)  # one that opens it
+        assert await publisher.stop() == 0

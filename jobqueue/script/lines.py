@@ -6,8 +6,10 @@ import os
 import select
 import stat
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 from jobqueue.errors import Failure, printable
 
@@ -33,76 +35,88 @@ async def read_lines(file: str, max_length: int, shutdown: asyncio.Event) -> Asy
         async for line in read_lines("orders.txt", nc.max_payload, shutdown):
             print(line)
     """
-    try:
-        descriptor = 0 if file == "-" else os.open(file, os.O_RDONLY)
-    except OSError as error:
-        raise Failure(f"cannot read {printable(file)}: {error.strerror}") from None
-    number, rest, is_cut, is_idle = 1, b"", False, True
+    number, rest = 1, b""
 
     def check_shutdown() -> None:
         if shutdown.is_set():
             raise Failure(f"stopped: line {number} and what follows it are not published")
 
     try:
-        while True:
-            is_idle = False
-            chunk = await _read(descriptor, shutdown)
-            is_idle = bool(chunk) or not shutdown.is_set()
-            if not chunk:
-                break
-            *whole, rest = (rest + chunk).split(b"\n")
-            for line in whole:
+        async for chunk in _read_chunks(file, shutdown):
+            *lines, rest = (rest + chunk).split(b"\n")
+            rest = rest[: max_length + 1]
+            for line in lines:
                 check_shutdown()
-                if is_cut:
-                    is_cut = False
-                elif line:
+                if line:
                     yield line[: max_length + 1]
                 else:
                     log.warning("line %d is empty: skipped", number)
                 number += 1
-            if is_cut:
-                rest = b""
-            elif len(rest) > max_length:
-                yield rest[: max_length + 1]
-                rest, is_cut = b"", True
-        if rest:
-            check_shutdown()
-            yield rest
     except OSError as error:
         raise Failure(f"cannot read {printable(file)}: {error.strerror}") from None
-    finally:
-        # After a shutdown or a cancellation a thread may still read it: its number must not become another file's.
-        if descriptor and is_idle:
-            os.close(descriptor)
+    if rest:
+        check_shutdown()
+        yield rest
 
 
-async def _read(descriptor: int, shutdown: asyncio.Event) -> bytes:
-    """Return what is there, waiting for it if need be; nothing at the end, or at the shutdown."""
-    loop = asyncio.get_running_loop()
-    reading: asyncio.Future[bytes] = loop.create_future()
-
-    def finish(chunk: bytes, error: OSError | None) -> None:
-        if not reading.done():
-            reading.set_exception(error) if error else reading.set_result(chunk)
+async def _read_chunks(file: str, shutdown: asyncio.Event) -> AsyncIterator[bytes]:
+    """Yield what there is to read, until the end or the shutdown."""
+    loop, chunks, is_next_wanted, has_ended = (
+        asyncio.get_running_loop(),
+        asyncio.Queue[Any](),
+        threading.Semaphore(0),
+        False,
+    )
 
     def read() -> None:
-        chunk, failure = b"", None
-        try:
+        with suppress(RuntimeError):  # the event loop has ended
+            try:
+                for chunk in _read_file(file):
+                    loop.call_soon_threadsafe(chunks.put_nowait, chunk)
+                    is_next_wanted.acquire()
+                    if has_ended:
+                        return
+            except OSError as error:
+                loop.call_soon_threadsafe(chunks.put_nowait, error)
+
+    # A thread that may be left behind: nothing else can end the wait for a pipe's writer, or for a terminal.
+    threading.Thread(target=read, daemon=True).start()
+    waiting = asyncio.create_task(shutdown.wait())
+    try:
+        while True:
+            reading = asyncio.create_task(chunks.get())
+            await asyncio.wait((reading, waiting), return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done() and not _is_regular(file):  # else its next chunk, or its end, comes at once
+                reading.cancel()
+                return
+            chunk = await reading
+            if isinstance(chunk, OSError):
+                raise chunk
+            if not chunk:
+                return
+            yield chunk
+            is_next_wanted.release()
+    finally:
+        has_ended = True
+        waiting.cancel()
+        is_next_wanted.release()
+
+
+def _read_file(file: str) -> Iterator[bytes]:
+    """Yield a file's chunks, and an empty one at its end."""
+    descriptor, chunk = 0 if file == "-" else os.open(file, os.O_RDONLY), b"-"
+    try:
+        while chunk:
             try:
                 chunk = os.read(descriptor, CHUNK)
             except BlockingIOError:  # another program, or uvloop, has made standard input non-blocking
                 select.select([descriptor], [], [])
-                chunk = os.read(descriptor, CHUNK)
-        except OSError as error:
-            failure = error
-        with suppress(RuntimeError):  # the event loop has ended
-            loop.call_soon_threadsafe(finish, chunk, failure)
+                continue
+            yield chunk
+    finally:
+        if descriptor:
+            os.close(descriptor)
 
-    # A thread that may be left behind: nothing else can end a read of a terminal.
-    threading.Thread(target=read, daemon=True).start()
-    waiting = asyncio.create_task(shutdown.wait())
-    await asyncio.wait((reading, waiting), return_when=asyncio.FIRST_COMPLETED)
-    waiting.cancel()
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):  # its next chunk, or its end, comes at once
-        return await reading
-    return reading.result() if reading.done() else b""
+
+def _is_regular(file: str) -> bool:
+    return stat.S_ISREG((os.fstat(0) if file == "-" else Path(file).stat()).st_mode)
