@@ -57,7 +57,7 @@ class Retry(Exception):  # noqa: N818
         super().__init__(reason)
         if delay is not None and not 0 <= delay <= MAX_RETRY_AFTER:
             raise ValueError(f"a delay is 0 to {MAX_RETRY_AFTER:g} seconds, not {delay!r}")
-        self.delay = delay
+        self.delay = None if delay is None else float(delay)
 
 
 class Dead(Exception):  # noqa: N818
@@ -94,11 +94,16 @@ def printable(data: bytes | str, length: int = MAX_PRINTED) -> str:
     return shown
 
 
+def list_errors(error: BaseException) -> list[BaseException]:
+    """Return the errors of a group, and of the groups in it; any other error alone."""
+    if not isinstance(error, BaseExceptionGroup):
+        return [error]
+    return [one for some in error.exceptions for one in list_errors(some)]
+
+
 def first_error(error: BaseException) -> BaseException:
-    """Return the first error of a group, or of a group of groups; any other error as it is."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+    """Return the first error of a group; any other error as it is."""
+    return list_errors(error)[0]
 
 
 def describe_error(error: BaseException) -> str:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import trustme
 from nats.aio.client import Client
 
 from tests.harness import CONSUMER, DLQ, PUBLISHER, Server, emptied, publish, request, serving, silent_server, started
@@ -167,13 +168,15 @@ async def test_a_server_without_jetstream(tmp_path: Path) -> None:
             )
 
 
-async def test_a_tls_url_and_a_server_without_tls(server: Server) -> None:
+@pytest.mark.parametrize("scheme", ["tls", "nats"])
+async def test_tls_is_wanted_and_the_server_has_none(server: Server, tmp_path: Path, scheme: str) -> None:
     """What would go to the server in clear doesn't go there."""
-    url = f"tls://me:secret@127.0.0.1:{server.port}"
-    script = await server.run(*PUBLISHER, NATS_URL=url)
+    trustme.CA().cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    env = {"NATS_CA": str(tmp_path / "ca.pem")} if scheme == "nats" else {}
+    script = await server.run(*PUBLISHER, NATS_URL=f"{scheme}://me:secret@127.0.0.1:{server.port}", **env)
     assert (script.process.returncode, script.messages) == (
         1,
-        [f"cannot connect to tls://127.0.0.1:{server.port}: secure connection not available"],
+        [f"cannot connect to {scheme}://127.0.0.1:{server.port}: secure connection not available"],
     )
 
 

@@ -215,6 +215,16 @@ async def test_a_subject_that_the_user_may_not_publish_to(
         assert await messages(nc, "orders_stream") == (command != PUBLISHER)
 
 
+async def test_a_consumer_that_may_not_ask_for_streams_works_without_reasons(cloud: Cloud) -> None:
+    await cloud.create_streams(**cloud.user("app.creds"))
+    async with cloud.client() as nc:
+        await publish(nc, b"order-0")
+        user = cloud.user("some.creds", publish={"deny": ["$JS.API.STREAM.NAMES"]})
+        async with cloud.script(*CONSUMER, "--failure-rate", "0", **user) as consumer:
+            await consumer.line("cannot tell whether a stream keeps the advisories .*: permissions violation .*")
+            await emptied(nc, "orders_stream")
+
+
 async def test_a_user_who_may_not_look_at_streams(cloud: Cloud) -> None:
     await cloud.create_streams(**cloud.user("app.creds"))
     user = cloud.user("some.creds", publish={"deny": ["$JS.API.STREAM.INFO.*"]})

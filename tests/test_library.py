@@ -121,24 +121,57 @@ async def test_one_signal_shuts_several_consumers_of_a_process_down(
         await emptied(nc, "orders_stream")
         await until(lambda: has_pull_request(nc, "orders_unprocessed", "unprocessed_order_handler"))
         assert await running.stop() == 0
-    assert [line for line in running.messages if line.startswith("stopped: ")] == [
-        "stopped: 1 orders processed, 0 deliveries failed",
+    assert sorted(line for line in running.messages if line.startswith("stopped: ")) == [
         "stopped: 0 dead letters done, 0 attempts failed, 0 advisories deleted",
+        "stopped: 1 orders processed, 0 deliveries failed",
     ]
     (told,) = running.found("shutting down: finishing (.*)")
     assert told == "0 orders in flight, 0 dead letters in flight (signal again to exit now)"
 
 
-@pytest.mark.parametrize(("end", "status"), [("sys.exit(3)", 3), ("raise Failure('told')", 1), ("raise KeyError", 1)])
-async def test_the_exit_status_is_what_the_program_ends_with(
-    server: Server, end: str, status: int, tmp_path: Path
+async def test_a_signal_ends_just_one_of_two_programs_in_a_process(
+    server: Server, nc: NatsClient, tmp_path: Path
 ) -> None:
     program = tmp_path / "program.py"
-    program.write_text(f"import sys\nfrom jobqueue import Failure, run\nasync def main():\n    {end}\nrun(main())\n")
+    program.write_text(
+        "import asyncio\nfrom jobqueue import consume\n\n"
+        "async def process(order):\n    print(order.data)\n\n"
+        "for _ in range(2):\n"
+        "    asyncio.run(consume('orders_stream', 'orders.*', process))\n    print('ended')\n"
+    )
+    async with server.script(str(program)) as running:
+        for number in range(2):
+            await publish_(nc, b"order-%d" % number)
+            await running.line(f"b'order-{number}'")
+            running.process.terminate()
+            await running.line("ended", number + 1)
+        assert await running.status() == 0
+
+
+IN_A_GROUP = "async with asyncio.TaskGroup() as group:\n        for why in ('one', 'two'): group.create_task(fail(why))"
+ENDS = [
+    ("sys.exit(3)", 3, []),
+    ("asyncio.get_running_loop().create_task(leave())\n    await asyncio.sleep(60)", 3, []),
+    ("raise Failure('one')", 1, ["one"]),
+    (IN_A_GROUP, 1, ["one", "two"]),
+    ("raise KeyError", 1, None),
+]
+
+
+@pytest.mark.parametrize(("end", "status", "lines"), ENDS)
+async def test_the_exit_status_is_what_the_program_ends_with(
+    server: Server, end: str, status: int, lines: list[str] | None, tmp_path: Path
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import asyncio, sys\nfrom jobqueue import Failure, run\n"
+        "async def leave():\n    sys.exit(3)\n"
+        "async def fail(why):\n    raise Failure(why)\n"
+        f"async def main():\n    {end}\nrun(main())\n"
+    )
     script = await server.run(program)
     assert script.process.returncode == status
-    if end == "raise Failure('told')":
-        assert script.messages == ["told"]
+    assert lines is None or script.messages == lines
 
 
 async def test_the_example_of_each_other_name_runs(server: Server, nc: NatsClient, tmp_path: Path) -> None:
@@ -281,8 +314,11 @@ async def test_a_malformed_message_raises_at_once(server: Server, monkeypatch: p
             await publish(nc, "orders.new", Message(b"order", uuid.uuid4()))  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="id"):
             await publish_many(nc, "orders.new", made())
-        with pytest.raises(ValueError, match="characters"):
-            await publish(nc, "orders." + "x" * 5000, Message(b"order", "2"))
+        with pytest.raises(TypeError):
+            await publish(nc, "orders.new", Message(b"order", "2", headers={"attempt": 1}))  # type: ignore[dict-item]
+        for subject in ("orders." + "x" * 5000, "orders.>", "orders..new", ""):
+            with pytest.raises(ValueError, match="subject"):
+                await publish(nc, subject, Message(b"order", "2"))
         assert await publish(nc, "orders.new", Message(b"order", "1")) is Outcome.DUPLICATE
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from nats.aio.client import Client
 
+from jobqueue.connection.connecting import connect
 from jobqueue.dead_letters.advisories import publish_advisory
 from jobqueue.jetstream.durables import Durables
 from tests.harness import (
@@ -244,12 +245,16 @@ async def test_a_dead_letter_whose_advisory_is_gone_is_named(server: Server, nc:
     assert discarding.returncode == 1
 
 
-async def test_what_was_purged_gets_an_advisory_again(server: Server, nc: Client) -> None:
+async def test_what_was_purged_gets_an_advisory_again(
+    server: Server, nc: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Within the duplicate window of the first one, too."""
     await dead_letters(nc, b"order-0")
-    durable = await Durables(nc, "orders_stream").find("processor")
-    assert durable
-    await publish_advisory(nc, "orders_stream", durable, 1)
+    monkeypatch.setenv("NATS_URL", server.url)
+    async with connect("test") as ours:
+        durable = await Durables(ours, "orders_stream").find("processor")
+        assert durable
+        await publish_advisory(ours, "orders_stream", durable, 1)
     await request(nc, "STREAM.PURGE.orders_unprocessed")
     await manage(server, "retry", "1")
     stored = (await request(nc, "STREAM.MSG.GET.orders_stream", {"seq": 2}))["message"]

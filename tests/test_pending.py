@@ -13,6 +13,7 @@ import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
+from jobqueue.connection.connecting import connect
 from jobqueue.dead_letters.pending import Pending
 from jobqueue.jetstream.acks import delayed_nak
 from jobqueue.jetstream.durables import Durables
@@ -44,26 +45,26 @@ BOTH = ("orders_stream", "orders_unprocessed")
 
 
 @asynccontextmanager
-async def running(kind: str, directory: Path) -> AsyncIterator[list[Client]]:
-    """Run one server or three with both streams, and yield a connection to each."""
+async def running(kind: str, directory: Path) -> AsyncIterator[tuple[Client, list[str]]]:
+    """Run one server or three with both streams, and yield a connection, and the URL of each."""
     if kind == "three replicas":
         async with clustered(directory) as (cluster, nc):
-            servers = list(cluster.servers.values())
-            async with servers[0].client() as one, servers[1].client() as two, servers[2].client() as three:
-                yield [nc, one, two, three]
+            yield nc, [server.url for server in cluster.servers.values()]
         return
     if kind == "acks of version 2" and not knows_acks_of_version_2():
         pytest.skip("this nats-server doesn't know the feature flag")
     async with serving(directory, ACKS_OF_VERSION_2 if kind == "acks of version 2" else "") as server:
         await server.create_streams()
         async with server.client() as nc:
-            yield [nc, nc]
+            yield nc, [server.url]
 
 
 @pytest.mark.parametrize("kind", ["one server", "acks of version 2", "three replicas"])
-async def test_a_nak_tells_exactly_whether_a_message_is_pending(kind: str, tmp_path: Path) -> None:
+async def test_a_nak_tells_exactly_whether_a_message_is_pending(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sequences 1 to 20 are dead, of 21 to 60 each fourth is acked, 61 to 80 are not delivered."""
-    async with running(kind, tmp_path) as (nc, *askers):
+    async with running(kind, tmp_path) as (nc, urls):
         await dead_letters(nc, *(b"dead-%d" % i for i in range(20)))
         config = (await durable_info(nc, "orders_stream", "processor"))["config"] | {"backoff": [60 * 10**9]}
         made = {"stream_name": "orders_stream", "config": config}
@@ -75,21 +76,23 @@ async def test_a_nak_tells_exactly_whether_a_message_is_pending(kind: str, tmp_p
             if sequence % 4 == 0:
                 await nc.request(delivery.reply, b"+ACK")
         await until(lambda: holds(nc, "orders_stream", 70))
-        for asker in askers:
-            pending, durables = Pending(asker), Durables(asker, "orders_stream")
-            await pending.start("orders_stream")
-            durable = await durables.find("processor")
-            assert durable and durable.delivered == 60
-            nak = delayed_nak(durable.longest_wait)
-            answers = await asyncio.gather(
-                *(
-                    pending.ask("orders_stream", "processor", durable.consumer_seq, number, nak, 0)
-                    for number in range(1, 81)
+        for url in urls:
+            monkeypatch.setenv("NATS_URL", url)
+            async with connect("test") as asker:
+                pending, durables = Pending(asker), Durables(asker, "orders_stream")
+                await pending.start("orders_stream")
+                durable = await durables.find("processor")
+                assert durable and durable.delivered == 60
+                nak = delayed_nak(durable.longest_wait)
+                answers = await asyncio.gather(
+                    *(
+                        pending.ask("orders_stream", "processor", durable.consumer_seq, number, nak, 0)
+                        for number in range(1, 81)
+                    )
                 )
-            )
-            assert [number for number, is_pending in enumerate(answers, 1) if is_pending] == [
-                number for number in range(21, 61) if number % 4
-            ]
+                assert [number for number, is_pending in enumerate(answers, 1) if is_pending] == [
+                    number for number in range(21, 61) if number % 4
+                ]
         assert await messages(nc, "orders_stream") == 70
 
 

@@ -9,7 +9,7 @@ import socket
 import ssl
 import tempfile
 from argparse import ArgumentTypeError
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
@@ -31,16 +31,16 @@ from jobqueue.dead_letters.advisories import Hint, parse_advisory
 from jobqueue.dead_letters.letter import DeadLetter
 from jobqueue.dead_letters.processing import Processing
 from jobqueue.dead_letters.verifying import Verifier
-from jobqueue.errors import MAX_TRACEBACK, Failure, describe_attempt, describe_error, printable
+from jobqueue.errors import MAX_TRACEBACK, Dead, Failure, Retry, describe_attempt, describe_error, printable
 from jobqueue.jetstream import acks, reading, stored, streams
 from jobqueue.jetstream.durables import Durable
 from jobqueue.jetstream.failures import Failures
 from jobqueue.jetstream.tasks import AT_A_TIME, run_all, run_for_each
 from jobqueue.publishing.message import Message, Outcome
 from jobqueue.script import arguments, lines
+from jobqueue.worker.options import check_work, make_config
 from jobqueue.worker.pulling import Prefetch, describe_status
 from jobqueue.worker.time_limit import TimeLimit
-from jobqueue.worker.worker import check_arguments
 
 table = pytest.mark.parametrize
 random_inputs = settings(
@@ -179,10 +179,10 @@ def test_an_error_is_one_line_that_says_what_is_wrong(error: BaseException, line
 
 @table(("count", "attempt", "number"), [(97, 2, "2 of 2"), (300, 3, "3")])  # three lines are beside the message's own
 async def test_a_users_exception_has_its_traceback_escaped_and_cut(count: int, attempt: int, number: str) -> None:
-    async def work() -> None:
+    async def work(_: Msg) -> None:
         raise ValueError("\n".join(["\x1b[2J", *map(str, range(1, count))]))
 
-    error = await TimeLimit(1).run(work())
+    error = await TimeLimit(1).run(work, Msg(Client()))
     assert error
     first, *shown = describe_attempt(error, attempt, 2, 7).split("\n")
     assert first == f": {describe_error(error)} (attempt {number}, stream sequence # 7)"
@@ -435,19 +435,23 @@ async def test_what_work_raises_is_returned_and_cancels_nothing_after_it(error: 
     task = asyncio.current_task()
     assert task
 
-    async def work() -> None:
+    async def work(_: Msg) -> None:
         task.cancel()
         if error:
             raise error
 
-    assert (await TimeLimit(1).run(work()), task.cancelling()) == (error, 0)
+    assert (await TimeLimit(1).run(work, Msg(Client())), task.cancelling()) == (error, 0)
     await asyncio.sleep(0)
 
 
 @table("is_closed", [False, True])
 async def test_work_beyond_the_time_limit_fails_and_at_the_end_its_task_is_cancelled(is_closed: bool) -> None:
     late, in_time = TimeLimit(0), TimeLimit(60)
-    tasks = [asyncio.create_task(limit.run(asyncio.sleep(60))) for limit in (late, in_time)]
+
+    async def sleep(_: Msg) -> None:
+        await asyncio.sleep(60)
+
+    tasks = [asyncio.create_task(limit.run(sleep, Msg(Client()))) for limit in (late, in_time)]
     await asyncio.sleep(0.001)
     if is_closed:
         late.close()
@@ -494,6 +498,40 @@ def test_work_must_be_a_coroutine_function() -> None:
     mailer = Mailer()
     for plain in (mailer.send, functools.partial(mailer.send), print):
         with pytest.raises(TypeError, match="must be a coroutine function"):
-            check_arguments(plain, 1, 1)
-    for work in (mailer.send_later, functools.partial(mailer.send_later), lambda order: mailer.send_later(order)):
-        check_arguments(work, 1, 1, "orders_stream")
+            check_work(plain, 1, 1)
+
+    @functools.wraps(mailer.send_later)
+    def decorated(order: Msg) -> Awaitable[None]:
+        return mailer.send_later(order)
+
+    partial = functools.partial(mailer.send_later)
+    for work in (mailer.send_later, partial, lambda order: mailer.send_later(order), decorated):
+        check_work(work, 1, 1, "orders_stream")
+
+
+@table("backoff", [(), (0.01,), (5, 0), (1, 2, 3)])
+def test_a_back_off_that_nothing_can_keep_is_refused(backoff: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="back-off"):
+        make_config("processor", "", backoff, 2, 1000)
+
+
+@table(
+    ("errors", "result"),
+    [
+        ((Retry("busy", 7),), "busy"),
+        ((ExceptionGroup("", [Dead("no")]), Retry()), "no"),
+        ((Retry("busy"), ValueError()), "ExceptionGroup"),
+    ],
+)
+async def test_a_task_group_in_the_work_may_raise_what_the_work_may(errors: tuple[Exception, ...], result: str) -> None:
+    async def work(_: Msg) -> None:
+        raise ExceptionGroup("unhandled errors in a TaskGroup", errors)
+
+    error = await TimeLimit(1).run(work, Msg(Client()))
+    assert (str(error) if isinstance(error, Retry | Dead) else type(error).__name__) == result
+
+
+async def test_work_with_a_wrong_signature_fails() -> None:
+    async def work() -> None: ...
+
+    assert isinstance(await TimeLimit(1).run(work, Msg(Client())), TypeError)  # type: ignore[arg-type]

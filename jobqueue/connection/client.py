@@ -85,12 +85,13 @@ class Client(NatsClient):
         return bool(failing) or is_known
 
     def _connect_command(self) -> bytes:
-        """Insist on TLS for a `tls://` URL, as nats.go does; nats-py would send the password in clear.
+        """Insist on TLS for a `tls://` URL, or with certificates, as nats.go does; nats-py would send all in clear.
 
         Reread the credentials file, because a user's JWT expires.
         """
         assert self._current_server
-        if self._current_server.uri.scheme == "tls" and not self._server_info.get("tls_required"):
+        is_tls_wanted = self._current_server.uri.scheme == "tls" or "tls" in self.options
+        if is_tls_wanted and not self._server_info.get("tls_required"):
             raise SecureConnWantedError
         if isinstance(self._user_credentials, Credentials):
             with suppress(Failure):  # it may be about to be replaced
@@ -169,6 +170,11 @@ class Client(NatsClient):
         self._is_inbox_refused = False
         self.abort()
         await super()._attempt_reconnect()
+
+    @property
+    def reconnects(self) -> int:
+        """How often it has reconnected: what was heard before another number may be of another server."""
+        return int(self.stats["reconnects"])
 
     @property
     def is_receiving(self) -> bool:

@@ -8,9 +8,9 @@ from contextlib import suppress
 from sys import intern
 from typing import NamedTuple, TypeGuard
 
-from nats.aio.client import Client
 from nats.js.api import PubAck
 
+from jobqueue.connection.client import Client
 from jobqueue.jetstream.durables import Durable
 from jobqueue.jetstream.reading import StoredMessage, get_message, read_messages
 from jobqueue.jetstream.stored import parse_time

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 
 from nats.aio.msg import Msg
-from nats.js.api import AckPolicy, ConsumerConfig
 
 from jobqueue.connection.client import Client
 from jobqueue.connection.connecting import connect, run_until_refused
@@ -15,10 +14,10 @@ from jobqueue.dead_letters.searching import search
 from jobqueue.dead_letters.verifying import Verifier
 from jobqueue.errors import Failure
 from jobqueue.jetstream.failures import Failures
-from jobqueue.worker.consuming import MAX_ACK_PENDING
-from jobqueue.worker.shutdown import shutdown_on_signal
+from jobqueue.worker.options import MAX_ACK_PENDING, check_work, make_config
+from jobqueue.worker.shutdown import shutdown_by
 from jobqueue.worker.time_limit import TimeLimit
-from jobqueue.worker.worker import Worker, check_arguments
+from jobqueue.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ async def consume_dead_letters(
         max_ack_pending: advisories in flight or waiting for a retry, in all processes.
         concurrency: dead letters that are processed at a time.
         time_limit: seconds for `reprocess`; then it is cancelled, and has failed.
-        shutdown: an event of your own that begins the graceful shutdown; signals set it too.
+        shutdown: an event of your own that begins the graceful shutdown. Signals are yours then, too.
 
     Raises:
         Failure: as `consume` does.
@@ -64,25 +63,17 @@ async def consume_dead_letters(
 
         run(consume_dead_letters("orders_unprocessed", "orders_stream", reprocess))
     """
-    check_arguments(reprocess, concurrency, time_limit, dlq_stream, stream, durable)
-    config = ConsumerConfig(
-        name=durable,
-        durable_name=durable,
-        description=description or None,
-        backoff=list(backoff),
-        max_deliver=-1,  # no limit: what fails is tried again until it succeeds
-        max_ack_pending=max_ack_pending,
-        ack_policy=AckPolicy.EXPLICIT,
-    )
+    check_work(reprocess, concurrency, time_limit, dlq_stream, stream, durable)
+    # Without a limit of deliveries: what fails is tried again until it succeeds.
+    config = make_config(durable, description, backoff, -1, max_ack_pending)
 
     async def work(nc: Client) -> None:
         await require_streams(nc, dlq_stream, stream)
         verifier, limit, failures = Verifier(nc, stream), TimeLimit(time_limit), await Failures.find(nc, stream)
         await verifier.pending.start(stream, dlq_stream)
-        event = shutdown or asyncio.Event()
-        processing = Processing(nc, verifier, reprocess, limit, event, failures)
-        worker = Worker(nc, dlq_stream, config, processing.handle, concurrency, limit)
-        with shutdown_on_signal(lambda: f"{worker.in_flight} dead letters in flight", event):
+        with shutdown_by(shutdown, lambda: f"{worker.in_flight} dead letters in flight") as event:
+            processing = Processing(nc, verifier, reprocess, limit, event, failures)
+            worker = Worker(nc, dlq_stream, config, processing.handle, concurrency, limit)
             searching = asyncio.create_task(search(nc, dlq_stream, verifier))
             try:
                 await worker.run(event)

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from nats.aio.client import Client
 from nats.errors import Error
 
+from jobqueue.connection.client import Client
 from jobqueue.jetstream.durables import Durable, Durables
 from jobqueue.jetstream.streams import api_request
 

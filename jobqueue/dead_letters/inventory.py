@@ -3,9 +3,9 @@
 import asyncio
 from collections.abc import AsyncIterator
 
-from nats.aio.client import Client
 from nats.errors import Error
 
+from jobqueue.connection.client import Client
 from jobqueue.dead_letters.advisories import Hint, read_hints
 from jobqueue.dead_letters.counting import count_dead
 from jobqueue.dead_letters.letter import DeadLetter

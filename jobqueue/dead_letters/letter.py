@@ -3,9 +3,9 @@
 import base64
 from typing import Any, NamedTuple
 
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 
+from jobqueue.connection.client import Client
 from jobqueue.dead_letters.headers import find_header, read_headers
 from jobqueue.jetstream.acks import ack_subject
 from jobqueue.jetstream.durables import Durable

@@ -28,7 +28,7 @@ from jobqueue.jetstream.failures import Failures
 from jobqueue.jetstream.reading import get_message
 from jobqueue.jetstream.streams import REQUEST_TIMEOUT, require_connection
 from jobqueue.jetstream.tasks import run_for_each
-from jobqueue.worker.consuming import MAX_ACK_PENDING
+from jobqueue.worker.options import MAX_ACK_PENDING
 from jobqueue.worker.time_limit import TimeLimit
 from jobqueue.worker.worker import Worker
 
@@ -93,7 +93,7 @@ class Operation:
                 await self._miss(hint.sequence)
         unused = TimeLimit(REQUEST_TIMEOUT)
         self._worker = Worker(self._nc, self._dlq_stream, config, self._handle, CONCURRENCY, unused)
-        reconnects = int(self._nc.stats["reconnects"])
+        reconnects = self._nc.reconnects
         working = asyncio.create_task(self._worker.run(self._shutdown))
         try:
             while self._wanted and not self._shutdown.is_set() and not working.done():
@@ -183,7 +183,7 @@ class Operation:
             self._skip_alive(sequence, why)
 
     async def _handle(self, advisory: Msg) -> bytes:
-        sequence, reconnects = advisory.metadata.sequence.stream, int(self._nc.stats["reconnects"])
+        sequence, reconnects = advisory.metadata.sequence.stream, self._nc.reconnects
         if not (hint := self._wanted.get(sequence)) or self._shutdown.is_set():
             self._unwanted[sequence] = advisory.reply  # which `run` releases
             return delayed_nak(LEASE)

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
+from jobqueue.connection.client import Client
 from jobqueue.jetstream.acks import ack_subject
 from jobqueue.jetstream.streams import REQUEST_TIMEOUT, require_connection
 

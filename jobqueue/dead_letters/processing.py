@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js.errors import NotFoundError
 
+from jobqueue.connection.client import Client
 from jobqueue.connection.retrying import retry
 from jobqueue.dead_letters.advisories import Hint, parse_advisory
 from jobqueue.dead_letters.letter import DeadLetter
@@ -102,7 +102,7 @@ class Processing:
 
         An advisory that is in flight is pending, unless an operator has removed it.
         """
-        metadata, reconnects = advisory.metadata, int(self.nc.stats["reconnects"])
+        metadata, reconnects = advisory.metadata, self.nc.reconnects
         if self._proven_on != reconnects:
             sequence, nak = metadata.sequence, delayed_nak(MIN_DELAY)
             names = metadata.stream, metadata.consumer
@@ -116,7 +116,7 @@ class Processing:
         order = printable(letter.message.data)
         log.info("reprocessing order %s", order)
         message = await letter.as_delivered(self.nc)
-        error = await self.time_limit.run(self.reprocess(message))
+        error = await self.time_limit.run(self.reprocess, message)
         if error:
             self.tally["failed"] += 1
             log.error("error reprocessing order %s%s", order, describe_attempt(error, attempt, 0, hint.sequence))

@@ -4,10 +4,10 @@ import asyncio
 import json
 import re
 
-from nats.aio.client import Client
 from nats.errors import ConnectionReconnectingError, Error, MaxPayloadError, NoRespondersError
 from nats.js.errors import APIError
 
+from jobqueue.connection.client import Client
 from jobqueue.connection.retrying import retry
 from jobqueue.dead_letters.headers import find_header, replace_nats_headers
 from jobqueue.dead_letters.letter import DeadLetter
@@ -50,7 +50,7 @@ async def redrive(nc: Client, letter: DeadLetter) -> int:
     async def publish() -> int:
         if not await _is_same(nc, letter):
             raise Error(f"it {GONE}")
-        answer = await nc.request(message.subject, message.data, REQUEST_TIMEOUT, headers=headers)  # type: ignore[arg-type]
+        answer = await nc.request(message.subject, message.data, REQUEST_TIMEOUT, headers=headers)
         stored = json.loads(answer.data)
         if "error" in stored:
             APIError.from_error(stored["error"])  # raises
@@ -72,7 +72,7 @@ async def _is_same(nc: Client, letter: DeadLetter) -> bool:
     """
     if letter.message.is_fresh(nc):
         return True
-    reconnects = int(nc.stats["reconnects"])
+    reconnects = nc.reconnects
     require_connection(nc, reconnects)
     found = await get_message(nc, letter.stream, letter.message.sequence)
     require_connection(nc, reconnects)

@@ -4,8 +4,7 @@ import asyncio
 import logging
 from collections.abc import Iterator, Mapping
 
-from nats.aio.client import Client
-
+from jobqueue.connection.client import Client
 from jobqueue.dead_letters.advisories import Hint, publish_advisory, read_hints
 from jobqueue.dead_letters.counting import count_dead
 from jobqueue.dead_letters.verifying import CONFIRM_DELAY, UNCONFIRMED, Verifier

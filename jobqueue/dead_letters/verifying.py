@@ -3,8 +3,7 @@
 import asyncio
 from typing import Any
 
-from nats.aio.client import Client
-
+from jobqueue.connection.client import Client
 from jobqueue.dead_letters.advisories import Hint
 from jobqueue.dead_letters.letter import DeadLetter
 from jobqueue.dead_letters.pending import Pending

@@ -1,7 +1,8 @@
 """Acks: what is sent for a delivery, and the subject that it is sent to."""
 
-from nats.aio.client import Client
 from nats.aio.msg import Msg
+
+from jobqueue.connection.client import Client
 
 ACK = Msg.Ack.Ack
 TERM = Msg.Ack.Term

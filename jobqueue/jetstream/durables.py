@@ -6,11 +6,11 @@ import math
 from contextlib import suppress
 from typing import Any
 
-from nats.aio.client import Client
 from nats.errors import Error
 from nats.js.api import ConsumerConfig
 from nats.js.errors import APIError, NotFoundError
 
+from jobqueue.connection.client import Client
 from jobqueue.errors import Failure, describe_error, printable
 from jobqueue.jetstream.streams import api_request, subjects_overlap
 
@@ -215,7 +215,7 @@ class Durables:
             nats.errors.Error: the request timed out.
         """
         async with self._locks.setdefault(name, asyncio.Lock()):  # one request answers all that wait
-            now, reconnects = self._now(), int(self._nc.stats["reconnects"])
+            now, reconnects = self._now(), self._nc.reconnects
             found = self._found.get(name)
             if found and found.asked_at >= max(since, now - DURABLE_VALID_FOR) and found.reconnects == reconnects:
                 return found
@@ -237,7 +237,7 @@ class Durables:
         """
         found: list[Durable] = []
         while True:
-            now, reconnects = self._now(), int(self._nc.stats["reconnects"])
+            now, reconnects = self._now(), self._nc.reconnects
             page = await api_request(self._nc, f"CONSUMER.LIST.{self._stream}", {"offset": len(found)})
             if page.get("missing"):
                 raise Error(f"the durable {printable(page['missing'][0])} does not answer")

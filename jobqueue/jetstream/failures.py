@@ -42,11 +42,10 @@ class Failures:
     @classmethod
     async def find(cls, nc: Client, stream: str) -> "Failures":
         """Look for the stream that keeps the reasons. For a user who may not do that, there is none."""
+        nc.may_be_refused.add(f"{SUBJECT}.")
         kept_in = ""
-        nc.may_be_refused |= {"$js.api.stream.names", f"{SUBJECT}."}
         with suppress(Error, TimeoutError):
             kept_in = await find_stream(nc, f"{SUBJECT}.{stream}.*")
-        nc.may_be_refused.remove("$js.api.stream.names")
         return cls(nc, stream, kept_in)
 
     async def report(self, message: Msg, error: BaseException, attempt: int) -> None:

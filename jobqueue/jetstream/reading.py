@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from nats.aio.client import Client
 from nats.js.errors import NotFoundError
 
+from jobqueue.connection.client import Client
 from jobqueue.jetstream.stored import NO_MESSAGE_FOUND, parse_time
 from jobqueue.jetstream.streams import API_TIMEOUT, api_request
 from jobqueue.jetstream.tasks import run_all
@@ -35,7 +35,7 @@ class StoredMessage(NamedTuple):
 
     def is_fresh(self, nc: Client) -> bool:
         """Return whether it was just read on this connection, so that its sequence cannot have another message."""
-        is_same_connection = nc.is_connected and self.reconnects == nc.stats["reconnects"]
+        is_same_connection = nc.is_connected and self.reconnects == nc.reconnects
         return is_same_connection and time.monotonic() - self.read_at < FRESH_FOR
 
 
@@ -78,7 +78,7 @@ async def get_message(nc: Client, stream: str, sequence: int, subject: str | Non
 async def _get_message(nc: Client, stream: str, sequence: int, subject: str | None) -> StoredMessage | None:
     request: dict[str, Any] = {"seq": sequence} | ({"next_by_subj": subject} if subject else {})
     for timeout in READ_TIMEOUTS:
-        now = time.monotonic(), nc.stats["reconnects"]
+        now = time.monotonic(), nc.reconnects
         try:
             found = (await api_request(nc, f"STREAM.MSG.GET.{stream}", request, timeout))["message"]
             break

@@ -4,10 +4,10 @@ import json
 import re
 from datetime import UTC, datetime
 
-from nats.aio.client import Client
 from nats.errors import NoRespondersError
 from nats.js.errors import NotFoundError
 
+from jobqueue.connection.client import Client
 from jobqueue.jetstream.link import transfer_time
 from jobqueue.jetstream.streams import API_TIMEOUT, api_request
 

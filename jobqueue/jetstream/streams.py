@@ -5,10 +5,10 @@ import logging
 import shlex
 from typing import Any, TypeGuard
 
-from nats.aio.client import Client
 from nats.errors import ConnectionReconnectingError, Error
 from nats.js.errors import APIError, NotFoundError
 
+from jobqueue.connection.client import Client
 from jobqueue.connection.retrying import retry_at_start
 from jobqueue.errors import TRANSIENT_ERRORS, Failure, describe_error, printable
 
@@ -54,7 +54,7 @@ def require_connection(nc: Client, reconnects: int) -> None:
     Raises:
         ConnectionReconnectingError: it isn't.
     """
-    if not nc.is_connected or nc.stats["reconnects"] != reconnects:
+    if not nc.is_connected or nc.reconnects != reconnects:
         raise ConnectionReconnectingError
 
 
@@ -83,6 +83,11 @@ def is_subject(value: str) -> bool:
     return value.isprintable() and " " not in value and all(value.split("."))
 
 
+def is_literal(value: str) -> bool:
+    """Return whether a value can be a subject to publish to: one without wildcards."""
+    return is_subject(value) and not set(value) & set("*>")
+
+
 def is_name(value: object) -> TypeGuard[str]:
     """Return whether a value can be the name of a stream or a consumer, by the server's rules."""
     return isinstance(value, str) and is_subject(value) and len(value) <= MAX_NAME and not set(value) & set(".*>/\\")
@@ -100,12 +105,16 @@ def subjects_overlap(one: str, other: str) -> bool:
 
 
 async def find_stream(nc: Client, subject: str) -> str:
-    """Return the name of the stream that takes a subject; "" if there is none.
+    """Return the name of the stream that takes a subject; "" if there is none. A refusal ends no work.
 
     Raises:
         nats.errors.Error: the request timed out or was refused.
     """
-    names = await api_request(nc, "STREAM.NAMES", {"subject": subject})
+    nc.may_be_refused.add("$js.api.stream.names")
+    try:
+        names = await api_request(nc, "STREAM.NAMES", {"subject": subject})
+    finally:
+        nc.may_be_refused.remove("$js.api.stream.names")
     return next(iter(names["streams"] or []), "")
 
 
@@ -153,12 +162,11 @@ async def warn_if_lost(nc: Client, stream: str, durable: str) -> None:
     """Log a warning when no stream keeps the advisories of a durable."""
     advisory = f"{ADVISORY}.{stream}.{durable}"
     try:
-        await nc.jetstream().find_stream_name_by_subject(advisory)
-    except NotFoundError:
-        log.warning(
-            "no stream keeps the advisories %s: dead letters will go unnoticed, until you create one with %s",
-            advisory,
-            dlq_command("DLQ_STREAM", stream),
-        )
-    except Error as error:
+        if not await find_stream(nc, advisory):
+            log.warning(
+                "no stream keeps the advisories %s: dead letters will go unnoticed, until you create one with %s",
+                advisory,
+                dlq_command("DLQ_STREAM", stream),
+            )
+    except (Error, TimeoutError) as error:
         log.warning("cannot tell whether a stream keeps the advisories %s: %s", advisory, describe_error(error))

@@ -57,6 +57,8 @@ class Message(NamedTuple):
         if not isinstance(self.payload, bytes) or not isinstance(self.id, str):
             raise TypeError("a message needs bytes for its payload, and a str for its id")
         for name, value in self.all_headers.items():
+            if not isinstance(name, str) or not isinstance(value, str):
+                raise TypeError(f"a header's name and value are str: {name!r}: {value!r}")
             value.encode()
             if not HEADER_NAME.fullmatch(name) or value != value.strip() or "\n" in value or "\r" in value:
                 raise ValueError(f"a header can't have spaces around it, line ends or an odd name: {name!r}: {value!r}")

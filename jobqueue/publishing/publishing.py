@@ -12,8 +12,9 @@ from nats.errors import ConnectionClosedError, ConnectionReconnectingError, Erro
 
 from jobqueue.connection.client import Client
 from jobqueue.connection.retrying import MAX_RETRY_DELAY, retry
-from jobqueue.errors import describe_error
+from jobqueue.errors import describe_error, printable
 from jobqueue.jetstream.link import MIN_RATE, OVERHEAD, LinkWindow, transfer_time
+from jobqueue.jetstream.streams import is_literal
 from jobqueue.publishing.message import Message, Outcome
 
 log = logging.getLogger(__name__)
@@ -247,8 +248,8 @@ class _Pipeline:
 
 
 def _check_subject(subject: str) -> None:
-    if len(subject) > MAX_SUBJECT:
-        raise ValueError(f"a subject can't have more than {MAX_SUBJECT} characters")
+    if len(subject) > MAX_SUBJECT or not is_literal(subject):
+        raise ValueError(f"this can't be a subject to publish to: {printable(subject)}")
 
 
 def _log_stored(message: Message, outcome: Outcome) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from jobqueue.errors import printable
-from jobqueue.jetstream.streams import is_name, is_subject
+from jobqueue.jetstream.streams import is_literal, is_name, is_subject
 
 EPILOG = """
 environment:
@@ -49,11 +49,7 @@ def subject(value: str) -> str:
     Example:
         parser.add_argument("subject", type=subject)
     """
-    return (
-        value
-        if is_subject(value) and not set(value) & set("*>")
-        else _refuse(value, "subject to publish to, such as orders.new")
-    )
+    return value if is_literal(value) else _refuse(value, "subject to publish to, such as orders.new")
 
 
 def subject_filter(value: str) -> str:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jobqueue.errors import Failure, describe_error, first_error, printable
+from jobqueue.errors import Failure, describe_error, first_error, list_errors, printable
 from jobqueue.script.logs import set_up_logging
 from jobqueue.worker.shutdown import PROGRESS_INTERVAL, end_while_starting, handled_signals, reset_signals_when_forked
 
@@ -56,8 +56,9 @@ def run(main: Coroutine[Any, Any, None]) -> None:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             status = runner.run(_run_until_failure(main))
     except BaseException as error:  # a user's own task may end the event loop, by SystemExit say
-        log.error("%s", describe_error(error), exc_info=error if isinstance(error, Exception) else None)
-        status = 1
+        if not isinstance(error, SystemExit):
+            log.error("%s", describe_error(error), exc_info=error if isinstance(error, Exception) else None)
+        status = error.code if isinstance(error, SystemExit) else 1
     if status:
         sys.exit(status)
 
@@ -71,7 +72,8 @@ async def _run_until_failure(main: Coroutine[Any, Any, None]) -> Any:
         await main
     except* Failure as group:  # logged here, since a thread that still runs delays the end of the event loop
         status = 1
-        log.error("%s", first_error(group))
+        for failure in list_errors(group):
+            log.error("%s", failure)
     except* SystemExit as exits:
         status = getattr(first_error(exits), "code", 1)
     finally:

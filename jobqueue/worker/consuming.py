@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from nats.aio.msg import Msg
 from nats.errors import Error
-from nats.js.api import AckPolicy, ConsumerConfig
+from nats.js.api import ConsumerConfig
 
 from jobqueue.connection.client import Client
 from jobqueue.connection.connecting import connect, run_until_refused
@@ -17,13 +17,13 @@ from jobqueue.jetstream.acks import ACK, LEAVE, NAK, delayed_nak, parse_ack_subj
 from jobqueue.jetstream.durables import Durables, note_delay
 from jobqueue.jetstream.failures import Failures
 from jobqueue.jetstream.streams import queue_command, require_stream, warn_if_lost
-from jobqueue.worker.shutdown import shutdown_on_signal
+from jobqueue.worker.options import MAX_ACK_PENDING, check_work, make_config
+from jobqueue.worker.shutdown import shutdown_by
 from jobqueue.worker.time_limit import TimeLimit
-from jobqueue.worker.worker import Worker, check_arguments
+from jobqueue.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
-MAX_ACK_PENDING = 100_000  # messages in flight or waiting for a retry; while there are more, no new ones are delivered
 MAX_DEAD = 10_000  # dead messages with attempts left that are remembered
 
 
@@ -62,7 +62,8 @@ async def consume(
             are delivered.
         concurrency: messages that are processed at a time.
         time_limit: seconds for `process`; then it is cancelled, and has failed.
-        shutdown: an event of your own that begins the graceful shutdown; signals set it too.
+        shutdown: an event of your own that begins the graceful shutdown. Signals are yours then, too: see
+            `shutdown_on_signal`.
 
     Raises:
         Failure: there is no connection or no such stream, the durable can't be used, the server refuses a subject, or
@@ -75,19 +76,9 @@ async def consume(
 
         run(consume("orders_stream", "orders.*", process, backoff=[2, 10], max_deliver=3, concurrency=16))
     """
-    check_arguments(process, concurrency, time_limit, stream, durable)
-    if len(backoff) > max_deliver >= 0:
-        raise ValueError(f"there are {len(backoff)} back-offs, more than the {max_deliver} of max_deliver")
-    config = ConsumerConfig(
-        name=durable,
-        durable_name=durable,
-        description=description or None,
-        backoff=list(backoff),
-        max_deliver=max_deliver,
-        max_ack_pending=max_ack_pending,
-        filter_subject=subject_filter,
-        ack_policy=AckPolicy.EXPLICIT,
-    )
+    check_work(process, concurrency, time_limit, stream, durable)
+    config = make_config(durable, description, backoff, max_deliver, max_ack_pending)
+    config.filter_subject = subject_filter
 
     async def work(nc: Client) -> None:
         await require_stream(nc, stream, subject_filter, queue_command(stream, subject_filter))
@@ -95,7 +86,7 @@ async def consume(
         limit, failures = TimeLimit(time_limit), await Failures.find(nc, stream)
         handler = _Handler(nc, stream, config, process, limit, failures)
         worker = Worker(nc, stream, config, handler.handle, concurrency, limit)
-        with shutdown_on_signal(lambda: f"{worker.in_flight} orders in flight", shutdown) as event:
+        with shutdown_by(shutdown, lambda: f"{worker.in_flight} orders in flight") as event:
             tally = await worker.run(event)
         log.info("stopped: %d orders processed, %d deliveries failed", tally[ACK], tally.total() - tally[ACK])
         worker.require_confirmed()
@@ -126,7 +117,7 @@ class _Handler:
         known = self._dead.pop(parse_ack_subject(message.reply)[:2], None) if self._dead else None
         if known and message.metadata.num_delivered == 1:  # the durable was created again, for fresh attempts
             known = None
-        error = known or await self.time_limit.run(self.process(message))
+        error = known or await self.time_limit.run(self.process, message)
         if not error:
             return ACK
         sequence, attempt = message.metadata.sequence.stream, message.metadata.num_delivered

@@ -5,10 +5,10 @@ import logging
 from collections.abc import Callable, Iterable, KeysView
 from contextlib import suppress
 
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error
 
+from jobqueue.connection.client import Client
 from jobqueue.jetstream.acks import LEAVE, NAK, parse_ack_subject
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class InFlight:
     @property
     def epoch(self) -> int:
         """The current epoch."""
-        return self._doubt_count + int(self._nc.stats["reconnects"])
+        return self._doubt_count + self._nc.reconnects
 
     def begin_epoch(self) -> None:
         """Require that every message in flight is verified."""

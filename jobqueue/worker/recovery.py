@@ -43,7 +43,7 @@ class Recovery:
         self._is_stable = True
         self._grace_ends = 0.0
         self._is_in_doubt = False  # whether somebody else may have got what waits to be processed
-        self._reconnects = nc.stats["reconnects"]
+        self._reconnects = nc.reconnects
         self._leader: str | None = None  # the durable's; None on a single server
         self._created: str | None = None  # when the stream was
         self._reported_reason = ""
@@ -60,8 +60,8 @@ class Recovery:
 
     def note_reconnect(self) -> None:
         """Recover if there was a reconnect."""
-        if self._reconnects != self._nc.stats["reconnects"]:
-            self._reconnects = self._nc.stats["reconnects"]
+        if self._reconnects != self._nc.reconnects:
+            self._reconnects = self._nc.reconnects
             self.recover()
 
     def recover(self, reason: str = "") -> None:

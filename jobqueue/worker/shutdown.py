@@ -19,9 +19,7 @@ PROGRESS_INTERVAL = 10.0  # seconds between two lines about what holds up the ex
 
 
 @contextmanager
-def shutdown_on_signal(
-    describe_work: Callable[[], str], shutdown: asyncio.Event | None = None
-) -> Iterator[asyncio.Event]:
+def shutdown_on_signal(describe_work: Callable[[], str]) -> Iterator[asyncio.Event]:
     """Within the block, let the first SIGINT, SIGTERM or SIGHUP set an event, and a second one end the process at once.
 
     Several blocks may be open at a time: a signal is for all of them. Signals are left alone in another thread than the
@@ -29,7 +27,6 @@ def shutdown_on_signal(
 
     Args:
         describe_work: returns what is still to be finished, for the log.
-        shutdown: the event; by default a new one.
 
     Yields:
         The event.
@@ -39,17 +36,26 @@ def shutdown_on_signal(
             while not shutdown.is_set():
                 await write_next_line()
     """
-    shutdown = shutdown or asyncio.Event()
-    block = _Block(shutdown, describe_work)
+    block = _Block(asyncio.Event(), describe_work)
     _blocks.open(block)
     try:
-        yield shutdown
+        yield block.shutdown
     finally:
         _blocks.close(block)
 
 
+@contextmanager
+def shutdown_by(shutdown: asyncio.Event | None, describe_work: Callable[[], str]) -> Iterator[asyncio.Event]:
+    """Yield the caller's own event; without one shut down on signals."""
+    if shutdown:
+        yield shutdown
+        return
+    with shutdown_on_signal(describe_work) as shutdown:
+        yield shutdown
+
+
 class _Block(NamedTuple):
-    """A block of `shutdown_on_signal`. Several may have the same event."""
+    """A block of `shutdown_on_signal`."""
 
     shutdown: asyncio.Event
     describe_work: Callable[[], str]
@@ -60,14 +66,16 @@ class _Blocks:
 
     def __init__(self) -> None:
         self._open: list[_Block] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._first_at: float | None = None  # when the first signal came
         self._previous: dict[int, Any] = {}  # the signals' handlers outside of all blocks
 
     def open(self, block: _Block) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
-        self._loop = asyncio.get_running_loop()
-        if not self._open:
+        if self._loop is not (loop := asyncio.get_running_loop()):  # a signal shuts down just one program
+            self._loop, self._first_at = loop, None
+        if not self._previous:
             # The event loop's own handlers cannot run while it is blocked, for example by a stalled log.
             self._previous = {signum: signal.signal(signum, self._on_signal) for signum in handled_signals()}
         self._open.append(block)
@@ -78,21 +86,18 @@ class _Blocks:
         if block not in self._open:
             return
         self._open.remove(block)
-        if self._open:
-            return
-        for signum, handler in self._previous.items():
-            if self._first_at is not None:
-                handler = signal.SIG_IGN if _is_hangup(signum) else end_process
-            signal.signal(signum, handler)
-        self._previous = {}
+        if not self._open and self._first_at is None:  # else a second signal must still end the process
+            for signum, handler in self._previous.items():
+                signal.signal(signum, handler)
+            self._previous = {}
 
     def _on_signal(self, signum: int, _frame: Any) -> None:
         now = time.monotonic()
-        if self._first_at is None:
+        if self._first_at is None and self._loop:
             self._first_at = now
             self._loop.call_soon_threadsafe(self._begin)
         # A closed terminal sends SIGHUP more than once; `timeout` and supervisors signal a process and its group.
-        elif not _is_hangup(signum) and now > self._first_at + SAME_SIGNAL_TIME:
+        elif signum != getattr(signal, "SIGHUP", None) and now > (self._first_at or 0.0) + SAME_SIGNAL_TIME:
             end_process(signum)
 
     def _begin(self) -> None:
@@ -101,7 +106,7 @@ class _Blocks:
         self._log_progress("shutting down")
 
     def _log_progress(self, what: str) -> None:
-        if self._open:
+        if self._loop and self._open:
             works = ", ".join(block.describe_work() for block in self._open)
             log.info("%s: finishing %s (signal again to exit now)", what, works)
             self._loop.call_later(PROGRESS_INTERVAL, self._log_progress, "still shutting down")
@@ -152,7 +157,3 @@ def reset_signals_when_forked() -> None:
 
     if hasattr(os, "register_at_fork"):  # not on Windows
         os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=reset)
-
-
-def _is_hangup(signum: int) -> bool:
-    return signum == getattr(signal, "SIGHUP", None)

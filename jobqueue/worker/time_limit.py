@@ -1,9 +1,13 @@
 """A limit on the time that a user's own work may take."""
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
+
+from nats.aio.msg import Msg
+
+from jobqueue.errors import Dead, Retry, first_error
 
 IGNORED_AFTER = 1.0  # seconds
 
@@ -21,14 +25,17 @@ class TimeLimit:
         self._cancelled_at: dict[asyncio.Task[Any], float] = {}  # of what still runs after its deadline
         self._is_closed = False
 
-    async def run(self, work: Awaitable[None]) -> BaseException | None:
-        """Await the work and return what it raised, even a SystemExit or a CancelledError of its own, or None."""
+    async def run(self, work: Callable[[Msg], Awaitable[None]], message: Msg) -> BaseException | None:
+        """Do the work on a message and return what it raised, even a SystemExit or a CancelledError of its own.
+
+        A group of `Retry` and `Dead` counts as the first of them: a task group in the work may have raised it.
+        """
         task = asyncio.current_task(self._loop)
         assert task
         self._deadlines[task] = self._loop.time() + self._seconds
         error: BaseException | None = None
         try:
-            await work
+            await work(message)
         except BaseException as raised:
             if self._is_closed:
                 raise
@@ -41,6 +48,8 @@ class TimeLimit:
                 await asyncio.sleep(0)
             while task.cancelling():
                 task.uncancel()
+        if isinstance(error, BaseExceptionGroup) and not error.split((Retry, Dead))[1]:
+            error = first_error(error)
         return error
 
     def enforce(self) -> list[asyncio.Task[Any]]:

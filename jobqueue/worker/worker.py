@@ -1,12 +1,10 @@
 """A process's share of the work on a durable: request, queue, process, ack."""
 
 import asyncio
-import inspect
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 from nats.aio.msg import Msg
@@ -18,35 +16,19 @@ from jobqueue.connection.retrying import retry_at_start
 from jobqueue.errors import Failure, describe_error
 from jobqueue.jetstream.acks import LEAVE, ack_subject, probe_ack
 from jobqueue.jetstream.durables import ensure_durable, has_replicas, shortest_ack_wait
-from jobqueue.jetstream.streams import api_request, is_name
+from jobqueue.jetstream.streams import api_request
 from jobqueue.worker.in_flight import InFlight, InFlightMessage
 from jobqueue.worker.pulling import Prefetch, PullRequests
 from jobqueue.worker.recovery import Recovery
-from jobqueue.worker.time_limit import TimeLimit
+from jobqueue.worker.time_limit import IGNORED_AFTER, TimeLimit
 
 log = logging.getLogger(__name__)
 
 TICK = 0.1  # seconds between two rounds of housekeeping
-MAX_CONCURRENCY = 500  # messages at a time
 MAX_STALL = 1.0  # seconds of a blocked event loop, after which answers that have arrived may be unread
 SHUTDOWN_CONFIRM_TIME = 10.0  # seconds for the last acks to be confirmed
 
 Handle = Callable[[Msg], Awaitable[bytes]]
-
-
-def check_arguments(work: Callable[..., Any], concurrency: int, time_limit: float, *names: str) -> None:
-    """Raise TypeError or ValueError for what would fail with each message."""
-    function = work.func if isinstance(work, partial) else work
-    is_plain = inspect.isroutine(function) and not inspect.iscoroutinefunction(function)
-    if is_plain and function.__name__ != "<lambda>":
-        raise TypeError(f"{function.__name__} must be a coroutine function: async def {function.__name__}(...)")
-    if not 1 <= concurrency <= MAX_CONCURRENCY:
-        raise ValueError(f"concurrency is from 1 to {MAX_CONCURRENCY}, not {concurrency!r}")
-    if not time_limit > 0:
-        raise ValueError(f"a time limit is above 0 seconds, not {time_limit!r}")
-    for name in names:
-        if not is_name(name):
-            raise ValueError(f"{name!r} can't be the name of a stream or a durable")
 
 
 class Worker:
@@ -117,6 +99,7 @@ class Worker:
             self._time_limit.close()
             for task in self._tasks:
                 task.cancel()
+            await asyncio.wait(self._tasks, timeout=IGNORED_AFTER)  # nothing can end one that ignores it
         return self._tally
 
     async def _set_up(self) -> float:
@@ -231,7 +214,7 @@ class Worker:
         next_heartbeat = now + heartbeat_interval
         while True:
             before = now
-            await asyncio.sleep(TICK)
+            await asyncio.sleep(min(TICK, heartbeat_interval))
             now = asyncio.get_running_loop().time()
             self._recovery.note_reconnect()
             self._prefetch.update(now)
