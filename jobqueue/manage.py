@@ -26,7 +26,7 @@ from jobqueue.dead_letters.letter import DeadLetter
 from jobqueue.dead_letters.operating import Operation
 from jobqueue.dead_letters.verifying import Verifier
 from jobqueue.errors import Failure, describe_error, printable
-from jobqueue.jetstream.failures import Failures, Reason
+from jobqueue.jetstream.reasons import Reason, Reasons
 from jobqueue.script.arguments import make_parser, stream_name, whole_number
 from jobqueue.script.running import run
 from jobqueue.worker.shutdown import shutdown_on_signal
@@ -100,16 +100,16 @@ def show(letter: DeadLetter, reason: Reason | None, *, has_reasons: bool) -> Non
     )
 
 
-async def show_all(nc: Client, failures: Failures) -> None:
+async def show_all(nc: Client, reasons: Reasons) -> None:
     """Print the dead letters."""
     if not options.json:
-        show_row(*COLUMNS, reason="REASON" if failures.are_kept else None, payload="PAYLOAD")
+        show_row(*COLUMNS, reason="REASON" if reasons.are_kept else None, payload="PAYLOAD")
     verifier = Verifier(nc, options.original_stream)
     await verifier.pending.start(options.original_stream)
     candidates, _ = await find_candidates(nc, options.dlq_stream, verifier, set())
     async for letter in read_dead_letters(nc, verifier, candidates):
-        reason = await failures.read(letter.message.sequence, letter.message.stored_at)
-        show(letter, reason, has_reasons=failures.are_kept)
+        reason = await reasons.read(letter.message.sequence, letter.message.stored_at)
+        show(letter, reason, has_reasons=reasons.are_kept)
 
 
 async def show_status(nc: Client) -> None:
@@ -125,18 +125,18 @@ async def show_status(nc: Client) -> None:
         print(f"{name}: {stream['messages']} messages, {stream['bytes']} bytes, {stream['full']:.1%} full")
 
 
-async def handle_all(nc: Client, failures: Failures) -> None:
+async def handle_all(nc: Client, reasons: Reasons) -> None:
     """Redrive or discard dead letters; fail if some of them are skipped."""
 
     async def print_first(letter: DeadLetter) -> None:
-        reason = await failures.read(letter.message.sequence, letter.message.stored_at)
+        reason = await reasons.read(letter.message.sequence, letter.message.stored_at)
         try:
             print(json.dumps(letter.as_json(reason)), flush=True)
         except OSError as error:  # nobody reads any more, or the disk is full
             raise Error(f"it could not be printed: {error.strerror}") from None
 
     with shutdown_on_signal(lambda: "the dead letters in flight") as shutdown:
-        operation = Operation(nc, options.dlq_stream, options.durable, options.original_stream, failures, shutdown)
+        operation = Operation(nc, options.dlq_stream, options.durable, options.original_stream, reasons, shutdown)
         await operation.run(set(options.sequences), print_first if options.command == "discard" else None)
     what, tally = "redriven" if options.command == "retry" else "discarded", operation.tally
     summary = f"{tally['done']} dead letters {what}, {tally['skipped']} skipped"
@@ -152,8 +152,8 @@ async def carry_out(nc: Client) -> None:
         if options.command == "status":
             await show_status(nc)
         else:
-            failures = await Failures.find(nc, options.original_stream)
-            await (show_all(nc, failures) if options.command == "list" else handle_all(nc, failures))
+            reasons = await Reasons.find(nc, options.original_stream)
+            await (show_all(nc, reasons) if options.command == "list" else handle_all(nc, reasons))
         sys.stdout.flush()
     except (Error, TimeoutError) as error:
         raise Failure(f"{options.command} has not finished: {describe_error(error)}; run it again") from None

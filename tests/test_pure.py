@@ -34,7 +34,7 @@ from jobqueue.dead_letters.verifying import Verifier
 from jobqueue.errors import MAX_TRACEBACK, Dead, Failure, Retry, describe_attempt, describe_error, printable
 from jobqueue.jetstream import acks, reading, stored, streams
 from jobqueue.jetstream.durables import Durable
-from jobqueue.jetstream.failures import Failures
+from jobqueue.jetstream.reasons import Reasons
 from jobqueue.jetstream.tasks import AT_A_TIME, run_all, run_for_each
 from jobqueue.publishing.message import Message, Outcome
 from jobqueue.script import arguments, lines
@@ -340,7 +340,7 @@ async def test_a_dead_letter_waits_longer_after_each_attempt(attempt: int, delay
 
     nc = Client()
     processing = Processing(
-        nc, Verifier(nc, "orders_stream"), fail, TimeLimit(1), asyncio.Event(), Failures(nc, "orders_stream", "")
+        nc, Verifier(nc, "orders_stream"), fail, TimeLimit(1), asyncio.Event(), Reasons(nc, "orders_stream", "")
     )
     nak = await processing._process(Hint(7, "processor"), dead_letter(message(7)), attempt)
     assert nak == b'-NAK {"delay": %d}' % (delay * SECOND)

@@ -13,7 +13,7 @@ from jobqueue.dead_letters.processing import Processing
 from jobqueue.dead_letters.searching import search
 from jobqueue.dead_letters.verifying import Verifier
 from jobqueue.errors import Failure
-from jobqueue.jetstream.failures import Failures
+from jobqueue.jetstream.reasons import Reasons
 from jobqueue.worker.options import MAX_ACK_PENDING, check_work, make_config
 from jobqueue.worker.shutdown import shutdown_by
 from jobqueue.worker.time_limit import TimeLimit
@@ -69,10 +69,10 @@ async def consume_dead_letters(
 
     async def work(nc: Client) -> None:
         await require_streams(nc, dlq_stream, stream)
-        verifier, limit, failures = Verifier(nc, stream), TimeLimit(time_limit), await Failures.find(nc, stream)
+        verifier, limit, reasons = Verifier(nc, stream), TimeLimit(time_limit), await Reasons.find(nc, stream)
         await verifier.pending.start(stream, dlq_stream)
         with shutdown_by(shutdown, lambda: f"{worker.in_flight} dead letters in flight") as event:
-            processing = Processing(nc, verifier, reprocess, limit, event, failures)
+            processing = Processing(nc, verifier, reprocess, limit, event, reasons)
             worker = Worker(nc, dlq_stream, config, processing.handle, concurrency, limit)
             searching = asyncio.create_task(search(nc, dlq_stream, verifier))
             try:

@@ -24,8 +24,8 @@ from jobqueue.dead_letters.verifying import GONE, Verifier
 from jobqueue.errors import describe_error, printable
 from jobqueue.jetstream.acks import ACK, ack_subject, delayed_nak, parse_ack_subject
 from jobqueue.jetstream.durables import Durable, Durables, ensure_durable, shortest_ack_wait
-from jobqueue.jetstream.failures import Failures
 from jobqueue.jetstream.reading import get_message
+from jobqueue.jetstream.reasons import Reasons
 from jobqueue.jetstream.streams import REQUEST_TIMEOUT, require_connection
 from jobqueue.jetstream.tasks import run_for_each
 from jobqueue.worker.options import MAX_ACK_PENDING
@@ -51,13 +51,13 @@ class Operation:
     """
 
     def __init__(
-        self, nc: Client, dlq_stream: str, dlq_durable: str, stream: str, failures: Failures, shutdown: asyncio.Event
+        self, nc: Client, dlq_stream: str, dlq_durable: str, stream: str, reasons: Reasons, shutdown: asyncio.Event
     ) -> None:
         self.tally: Counter[str] = Counter()
         self._nc = nc
         self._dlq_stream = dlq_stream
         self._durable = dlq_durable
-        self._failures = failures
+        self._reasons = reasons
         self._print_first: Callable[[DeadLetter], Awaitable[None]] | None = None
         self._shutdown = shutdown
         self._is_for_all = False
@@ -223,7 +223,7 @@ class Operation:
             stored = await redrive(self._nc, letter)
             log.info("redriven %s: # %d in %s is # %d now", order, sequence, letter.stream, stored)
         self.tally["done"] += 1
-        await self._failures.forget(sequence)
+        await self._reasons.forget(sequence)
 
     async def _check_in_flight(self, advisory: Msg, letter: DeadLetter) -> None:
         """Raise an error if somebody else has the advisory, since we were suspended, say.

@@ -21,7 +21,7 @@ from jobqueue.dead_letters.removing import remove
 from jobqueue.dead_letters.verifying import ASKED_RECENTLY, CONFIRM_DELAY, UNCONFIRMED, Verifier
 from jobqueue.errors import TRANSIENT_ERRORS, Dead, Retry, describe_attempt, printable
 from jobqueue.jetstream.acks import ACK, LEAVE, TERM, ack_subject, delayed_nak, probe_ack
-from jobqueue.jetstream.failures import Failures
+from jobqueue.jetstream.reasons import Reasons
 from jobqueue.worker.pulling import MAX_BYTES
 from jobqueue.worker.time_limit import TimeLimit
 from jobqueue.worker.worker import SHUTDOWN_CONFIRM_TIME
@@ -46,7 +46,7 @@ class Processing:
     reprocess: Callable[[Msg], Awaitable[None]]
     time_limit: TimeLimit
     shutdown: asyncio.Event
-    failures: Failures
+    reasons: Reasons
     tally: Counter[str] = field(default_factory=Counter)
     _proven_on: int = -1  # the connection's reconnects when an answer of the server was heard
     _in_progress: set[int] = field(default_factory=set)  # the messages that are being reprocessed here
@@ -123,7 +123,7 @@ class Processing:
         if isinstance(error, Dead):
             log.error("discarded: %s", json.dumps(letter.as_json()))
         elif error:
-            await self.failures.report(message, error, attempt)
+            await self.reasons.report(message, error, attempt)
             delay = min(MIN_DELAY * 2.0 ** min(attempt - 1, 10), MAX_DELAY)
             if isinstance(error, Retry) and error.delay is not None:
                 delay = error.delay

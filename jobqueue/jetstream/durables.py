@@ -145,38 +145,22 @@ def has_replicas(info: dict[str, Any]) -> bool:
 
 
 class Durable:
-    """What the server says of a durable.
-
-    Attributes:
-        name: its name.
-        config: its configuration, as it is on the wire.
-        created: when it was created, by the server's clock.
-        described_at: when the server said all this, by its own clock.
-        delivered: the highest stream sequence that it has delivered.
-        consumer_seq: the number of its last delivery.
-        waiting: messages that it has not delivered yet.
-        pending: messages that are delivered and neither acked nor exhausted.
-        pull_requests: the open ones.
-        is_paused: whether an operator has paused it.
-        has_replicas: whether other servers have to agree on each ack.
-        asked_at: when the server was asked, by the event loop's clock.
-        reconnects: those of the connection until then.
-    """
+    """What the server says of a durable."""
 
     def __init__(self, info: dict[str, Any], asked_at: float, reconnects: int) -> None:
         self.name: str = info["name"]
-        self.config: dict[str, Any] = info["config"]
-        self.created: str = info["created"]
-        self.described_at: str = info["ts"]
-        self.delivered: int = info["delivered"]["stream_seq"]
-        self.consumer_seq: int = info["delivered"]["consumer_seq"]
-        self.waiting: int = info["num_pending"]
-        self.pending: int = info["num_ack_pending"]
-        self.pull_requests: int = info["num_waiting"]
-        self.is_paused = bool(info.get("paused"))
+        self.config: dict[str, Any] = info["config"]  # as it is on the wire
+        self.created: str = info["created"]  # by the server's clock
+        self.described_at: str = info["ts"]  # when the server said all this, by its own clock
+        self.delivered: int = info["delivered"]["stream_seq"]  # the highest one
+        self.consumer_seq: int = info["delivered"]["consumer_seq"]  # the number of its last delivery
+        self.waiting: int = info["num_pending"]  # messages that it has not delivered yet
+        self.pending: int = info["num_ack_pending"]  # messages that are delivered and neither acked nor exhausted
+        self.pull_requests: int = info["num_waiting"]  # the open ones
+        self.is_paused = bool(info.get("paused"))  # by an operator
         self.has_replicas = has_replicas(info)
-        self.asked_at = asked_at
-        self.reconnects = reconnects
+        self.asked_at = asked_at  # by the event loop's clock
+        self.reconnects = reconnects  # those of the connection until then
 
     @property
     def filters(self) -> list[str]:

@@ -15,7 +15,7 @@ from jobqueue.connection.connecting import connect, run_until_refused
 from jobqueue.errors import Dead, Retry, describe_attempt, printable
 from jobqueue.jetstream.acks import ACK, LEAVE, NAK, delayed_nak, parse_ack_subject
 from jobqueue.jetstream.durables import Durables, note_delay
-from jobqueue.jetstream.failures import Failures
+from jobqueue.jetstream.reasons import Reasons
 from jobqueue.jetstream.streams import queue_command, require_stream, warn_if_lost
 from jobqueue.worker.options import MAX_ACK_PENDING, check_work, make_config
 from jobqueue.worker.shutdown import shutdown_by
@@ -83,8 +83,8 @@ async def consume(
     async def work(nc: Client) -> None:
         await require_stream(nc, stream, subject_filter, queue_command(stream, subject_filter))
         await warn_if_lost(nc, stream, durable)
-        limit, failures = TimeLimit(time_limit), await Failures.find(nc, stream)
-        handler = _Handler(nc, stream, config, process, limit, failures)
+        limit, reasons = TimeLimit(time_limit), await Reasons.find(nc, stream)
+        handler = _Handler(nc, stream, config, process, limit, reasons)
         worker = Worker(nc, stream, config, handler.handle, concurrency, limit)
         with shutdown_by(shutdown, lambda: f"{worker.in_flight} orders in flight") as event:
             tally = await worker.run(event)
@@ -104,7 +104,7 @@ class _Handler:
     config: ConsumerConfig
     process: Callable[[Msg], Awaitable[None]]
     time_limit: TimeLimit
-    failures: Failures
+    reasons: Reasons
     _dead: dict[tuple[int, int], Dead] = field(default_factory=dict)  # messages that have attempts left
 
     def __post_init__(self) -> None:
@@ -130,7 +130,7 @@ class _Handler:
         has_limit = may_die and await self._durables.has_max_deliver(self._durable, self._max_deliver)
         if has_limit and attempt >= self._max_deliver:
             log.error("%s will be processed via DLQ", printable(message.data))
-            await self.failures.report(message, error, attempt)
+            await self.reasons.report(message, error, attempt)
             return NAK  # so that the server publishes the advisory at once, and not after the back-off
         if has_limit and isinstance(error, Dead):
             if len(self._dead) >= MAX_DEAD:

@@ -26,7 +26,7 @@ class Reason(NamedTuple):
     failed_at: int  # nanoseconds
 
 
-class Failures:
+class Reasons:
     """The reasons of a stream's messages. Without a stream that keeps them (`kept_in` is "") it does nothing."""
 
     def __init__(self, nc: Client, stream: str, kept_in: str) -> None:
@@ -40,7 +40,7 @@ class Failures:
         return bool(self._kept_in)
 
     @classmethod
-    async def find(cls, nc: Client, stream: str) -> "Failures":
+    async def find(cls, nc: Client, stream: str) -> "Reasons":
         """Look for the stream that keeps the reasons. For a user who may not do that, there is none."""
         nc.may_be_refused.add(f"{SUBJECT}.")
         kept_in = ""
