@@ -85,6 +85,10 @@ def show_row(*cells: object, reason: str | None, payload: str) -> None:
     print("  ".join([*row, payload]))
 
 
+def _shorten(reason: str) -> str:
+    return reason if len(reason) <= REASON_WIDTH else f"{reason[: REASON_WIDTH - 3]}..."
+
+
 def show(letter: DeadLetter, reason: Reason | None, *, has_reasons: bool) -> None:
     """Print one dead letter."""
     if options.json:
@@ -95,7 +99,7 @@ def show(letter: DeadLetter, reason: Reason | None, *, has_reasons: bool) -> Non
     show_row(
         *(message.sequence, printable(message.subject), published, died if letter.died_at else "without advisory"),
         *(letter.deliveries, printable(find_header(message.header_block, "Nats-Msg-Id"))),
-        reason=printable(reason.text if reason else "", REASON_WIDTH) if has_reasons else None,
+        reason=_shorten(printable(reason.text if reason else "")) if has_reasons else None,
         payload=printable(message.data, 60),
     )
 

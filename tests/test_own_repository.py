@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -19,7 +20,19 @@ import pytest
 import yaml
 from nats.aio.client import Client
 
-from tests.harness import BIN, ROOT, Script, Server, emptied, messages, publish, request, started, until
+from tests.harness import (
+    BIN,
+    ROOT,
+    Script,
+    Server,
+    emptied,
+    has_pull_request,
+    messages,
+    publish,
+    request,
+    started,
+    until,
+)
 
 PAGE = (ROOT / "docs" / "in-your-own-repository.md").read_text()
 RECIPES = (ROOT / "docs" / "recipes.md").read_text()
@@ -139,6 +152,7 @@ async def test_a_queue_without_a_clone(bare_server: Server, nc: Client, tmp_path
         (tmp_path / "worker.py").write_text(block(PAGE, "worker.py").replace(":8080", f":{port}"))
         async with program(bare_server, "send.py", tmp_path) as sending:
             await sending.line("published welcome-ann")
+            await sending.line("Outcome.STORED")
             assert await sending.status() == 0
         async with program(bare_server, "worker.py", tmp_path) as worker:
             await worker.line(r"error processing .*: busy \(attempt 1 of 8, .*")
@@ -164,6 +178,21 @@ async def test_a_queue_without_a_clone(bare_server: Server, nc: Client, tmp_path
     assert sorted(undelivered) == ['{"to": "bob"}', '{"to": "cid"}']
     discarded = await shell(bare_server, f"{discard} --yes", tmp_path)
     assert discarded.found("0 dead letters discarded, 0 skipped")
+
+
+async def test_a_worker_without_its_streams_names_the_commands_that_create_them(
+    bare_server: Server, nc: Client, tmp_path: Path
+) -> None:
+    save(PAGE, tmp_path, "worker.py", "dead_letters.py")
+    for name in ("worker.py", "dead_letters.py"):
+        async with program(bare_server, name, tmp_path) as refused:
+            assert await refused.status() == 1
+        (command,) = refused.found("there is no stream .*: create it with `(nats stream add .*)`")
+        await shell(bare_server, command, tmp_path)
+    async with program(bare_server, "worker.py", tmp_path) as worker:
+        await until(lambda: has_pull_request(nc, "mails_stream", "processor"))
+        assert not worker.lines
+        assert await worker.stop() == 0
 
 
 async def test_the_users_own_tests_pass(tmp_path: Path) -> None:
@@ -205,7 +234,7 @@ def test_the_deployment_fits_the_worker() -> None:
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     del container["command"]
     kubernetes_validate.validate(deployment, "1.30", strict=True)
-    (limit,) = re.findall(r"time_limit=(\d+)", block(PAGE, "worker.py"))
+    (limit,) = re.findall(r"time_limit\D+(\d+)", block(PAGE, "worker.py"))
     (grace,) = re.findall(r"grace period of (\d+)", PAGE)
     (unit,) = re.findall(r"TimeoutStopSec=(\d+)", of_deployment("ini", "[Service]"))
     assert deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == int(grace) == int(unit)
@@ -263,6 +292,24 @@ async def test_raising_retry_and_dead(bare_server: Server, nc: Client, tmp_path:
         assert await running.stop() == 0
 
 
+@pytest.mark.parametrize("after", ["1", "a date"])
+async def test_retrying_after_what_an_api_says(bare_server: Server, nc: Client, tmp_path: Path, after: str) -> None:
+    await create_mails(bare_server, tmp_path)
+    header = '"1"' if after == "1" else "format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)"
+    (tmp_path / "program.py").write_text(
+        "import time\nfrom datetime import UTC, datetime, timedelta\nfrom email.utils import *\nimport httpx\n"
+        + process_that(
+            f'answer = httpx.Response(429, headers={{"Retry-After": {header}}})\n'
+            + textwrap.indent(block(RECIPES, "retry_after"), "    ")
+        )
+    )
+    await publish(nc, b"hello", subject="mails.welcome")
+    async with program(bare_server, "program.py", tmp_path) as running:
+        await running.line(r"error processing hello: busy \(attempt 1 of 2, .*")
+        await running.line("hello will be processed via DLQ")
+        assert await running.stop() == 0
+
+
 async def test_several_kinds_in_one_stream(bare_server: Server, nc: Client, tmp_path: Path) -> None:
     await create_mails(bare_server, tmp_path)
     save(RECIPES, tmp_path, "kinds.py")
@@ -313,6 +360,24 @@ async def test_two_durables_in_one_program(bare_server: Server, nc: Client, tmp_
             await until(lambda: holds_one(nc))
             assert await reprocessing.stop() == 0
     assert sorted((tmp_path / "undelivered.jsonl").read_text().split()) == ["one", "two"]
+
+
+async def test_a_consumer_in_a_web_application(bare_server: Server, nc: Client, tmp_path: Path) -> None:
+    """Its server has the signals, and the consumer finishes what is in flight."""
+    await create_mails(bare_server, tmp_path)
+    save(RECIPES, tmp_path, "app.py")
+    code = (tmp_path / "app.py").read_text()
+    slow = code.replace("mail.data)", "mail.data)\n    await asyncio.sleep(1)\n    print('sent')")
+    (tmp_path / "app.py").write_text(slow)
+    await publish(nc, b"hello", subject="mails.welcome")
+    uvicorn = (sys.executable, "-m", "uvicorn", "app:app", "--port", "0")
+    async with started(*uvicorn, cwd=tmp_path, NATS_URL=bare_server.url, PYTHONUNBUFFERED="1") as app:
+        await app.line("sending b'hello'")
+        app.process.terminate()
+        await app.line("sent")
+        await app.line("INFO: +Application shutdown complete.")
+        await app.status()
+    assert await messages(nc, "mails_stream") == 0
 
 
 async def holds_one(nc: Client) -> bool:

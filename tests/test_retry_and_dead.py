@@ -161,12 +161,14 @@ async def test_the_reason_stays_with_the_dead_letter_until_it_is_gone(
 ) -> None:
     await keep_reasons(nc)
     await publish(nc, b"order-0", b"order-1")
-    async with server.script(raising('ValueError("no \\x1b address")', tmp_path), *CONSUMER[1:]) as consumer:
+    error = 'ValueError("no \\x1b address" + 60 * "." * (order.data == b"order-1"))'
+    async with server.script(raising(error, tmp_path), *CONSUMER[1:]) as consumer:
         await consumer.line("order-1 will be processed via DLQ")
         assert await consumer.stop() == 0
     shown = (await server.run(*MANAGE, "list")).lines
     assert shown[0].endswith(f"{'REASON':<40}  PAYLOAD")
-    assert all(rf"ValueError: no \x1b address{' ' * 13}  order-{number}" in shown[number + 1] for number in range(2))
+    assert rf"ValueError: no \x1b address{' ' * 13}  order-0" in shown[1]
+    assert rf"ValueError: no \x1b address{'.' * 13}  order-1" in shown[2]
     first = json.loads((await server.run(*MANAGE, "list", "--json")).lines[0])
     assert (first["reason"], first["attempt"]) == (r"ValueError: no \x1b address", 2)
     assert await messages(nc, "orders_failures") == 2

@@ -3,6 +3,7 @@
 import json
 import logging
 import shlex
+from pathlib import Path
 from typing import Any, TypeGuard
 
 from nats.errors import ConnectionReconnectingError, Error
@@ -143,19 +144,19 @@ async def require_stream_for(nc: Client, subject: str) -> None:
 
 
 def queue_command(stream: str, subjects: str) -> str:
-    """Return what creates a work queue: the script in a clone, or natscli."""
+    """Return the command that creates a work queue: the script in a clone, natscli elsewhere."""
     return _command("scripts/create_orders_stream.sh", stream, subjects, subjects)
 
 
 def dlq_command(dlq_stream: str, stream: str) -> str:
-    """Return what creates the dead letter queue of a stream: the script in a clone, or natscli."""
+    """Return the command that creates the dead letter queue of a stream."""
     return _command("scripts/create_orders_unprocessed.sh", dlq_stream, stream, f"{ADVISORY}.{stream}.*")
 
 
 def _command(script: str, stream: str, argument: str, subjects: str) -> str:
     flags = ("--retention=work", "--discard=new", "--max-bytes=256MB", "--deny-delete", "--allow-direct", "--defaults")
     natscli = ("nats", "stream", "add", stream, f"--subjects={subjects}", *flags)
-    return f"{shlex.join((script, stream, argument))}, or `{shlex.join(natscli)}`"
+    return f"`{shlex.join((script, stream, argument) if Path(script).exists() else natscli)}`"
 
 
 async def warn_if_lost(nc: Client, stream: str, durable: str) -> None:
