@@ -8,7 +8,7 @@ from jobqueue.connection.client import Client
 from tests.harness import ROOT
 
 TESTS = {
-    (Client, "_connect_command"): "test_a_tls_url_and_a_server_without_tls",
+    (Client, "_connect_command"): "test_tls_is_wanted_and_the_server_has_none",
     (Client, "_build_message"): "test_orders_that_nats_py_cannot_read_hold_up_no_others",
     (Client, "_process_headers"): "test_orders_that_nats_py_cannot_read_hold_up_no_others",
     (Client, "_process_connect_init"): "test_what_the_server_says_before_it_hangs_up_is_shown",
