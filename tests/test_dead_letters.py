@@ -90,7 +90,7 @@ async def test_a_shutdown_in_the_middle_of_a_retry_is_no_error(server: Server, n
         await publish(nc, advisory(), subject=f"{ADVISORIES}.processor")
         await dlq.line("dead letter # 1 in orders_stream: .*; trying again")
         assert await dlq.stop() == 0
-        begun = [line for line in dlq.messages if not line.startswith(("orders_stream: ", "cannot look for "))]
+        begun = [line for line in dlq.messages if not line.startswith(("orders_stream: ", "cannot search for "))]
         assert [line[:20] for line in begun] == [
             *("reprocessing order o", "dead letter # 1 in o", "shutting down: finis", "stopped: 1 dead lett")
         ]

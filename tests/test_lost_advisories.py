@@ -71,7 +71,7 @@ async def test_orders_that_are_done_in_a_stream_that_is_no_work_queue_are_not(ba
     async with bare_server.script(*CONSUMER, "--failure-rate", "0") as consumer, bare_server.script(*DLQ) as dlq:
         await consumer.line("received order-0 .*")
         await dlq.line(
-            "cannot look for dead letters without an advisory: "
+            "cannot search for dead letters without an advisory: "
             "orders_stream is no work queue, and keeps what is done; trying again"
         )
         await asyncio.sleep(12)  # longer than two looks

@@ -22,7 +22,7 @@ COUNT_INTERVAL = 0.1  # seconds
 async def find_candidates(
     nc: Client, dlq_stream: str, verifier: Verifier, sequences: set[int]
 ) -> tuple[list[Hint], int]:
-    """Return hints of these messages, or of all that may be dead if there are no sequences; then look at each.
+    """Return hints of these messages, or of all that may be dead if there are no sequences; then verify each.
 
     Also return the stream sequence of the last advisory that was read.
     """
@@ -30,9 +30,9 @@ async def find_candidates(
     read_up_to = max((number for hint in hints.values() for number in hint.advisories), default=0)
     if not durables:
         raise Error(f"{verifier.stream} has no durable, so none of its messages can be dead")
-    if sequences:  # `look` finds the right durable
+    if sequences:  # `verify` finds the right durable
         hints = {number: hints.get(number, Hint(number, durables[0].name)) for number in sequences}
-    await _look_first(nc, verifier, durables, hints)
+    await _verify_first(nc, verifier, durables, hints)
     if not sequences:
         unnamed = {
             number: Hint(number, durable.name)
@@ -40,13 +40,13 @@ async def find_candidates(
             for number in await find_unnamed(nc, verifier.stream, durable, hints)
         }
         if unnamed and await _are_more_dead(nc, verifier, hints):
-            await _look_first(nc, verifier, durables, unnamed)
+            await _verify_first(nc, verifier, durables, unnamed)
             hints |= unnamed
     return [hints[number] for number in sorted(hints)], read_up_to
 
 
-async def _look_first(nc: Client, verifier: Verifier, durables: list[Durable], hints: dict[int, Hint]) -> None:
-    """On replicas, look at messages for the first time, so that the next look is certain."""
+async def _verify_first(nc: Client, verifier: Verifier, durables: list[Durable], hints: dict[int, Hint]) -> None:
+    """On replicas, verify messages for the first time, so that the next time is certain."""
     if any(durable.has_replicas for durable in durables):
         async for _ in read_dead_letters(nc, verifier, list(hints.values())):
             pass
@@ -73,7 +73,7 @@ async def read_dead_letters(nc: Client, verifier: Verifier, candidates: list[Hin
     window, begin = window_size(nc), 0
     while some := candidates[begin : begin + window]:
         begin += window
-        found = [letter for letter, _ in await run_all(verifier.look(hint) for hint in some) if letter]
+        found = [letter for letter, _ in await run_all(verifier.verify(hint) for hint in some) if letter]
         window = window_size(nc, [letter.message for letter in found])
         for letter in found:
             yield letter

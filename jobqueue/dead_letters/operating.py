@@ -111,7 +111,7 @@ class Operation:
     async def _name(self, hint: Hint) -> None:
         """Publish an advisory of a dead letter that has none, as a DLQ processor would."""
         try:
-            letter, why = await self._verifier.look(hint)
+            letter, why = await self._verifier.verify(hint)
             if letter:
                 await publish_advisory(self._nc, letter.stream, letter.durable, hint.sequence)
                 self._named.add(hint.sequence)
@@ -176,7 +176,7 @@ class Operation:
     async def _miss(self, sequence: int) -> None:
         """Name a dead letter whose advisory is gone, unless somebody else has handled it."""
         durables = await self._verifier.durables.find_all()
-        letter, why = await self._verifier.look(Hint(sequence, durables[0].name if durables else self._durable))
+        letter, why = await self._verifier.verify(Hint(sequence, durables[0].name if durables else self._durable))
         if letter:
             self._skip(sequence, "its advisory is gone; run the command again")
         else:
@@ -193,7 +193,7 @@ class Operation:
         if any(other in self._wanted for other in hint.advisories):  # a DLQ processor may still have that one
             return delayed_nak(LEASE)
         try:
-            letter, why = await self._verifier.look(hint)
+            letter, why = await self._verifier.verify(hint)
             if letter:
                 await self._finish(letter, advisory)
             else:

@@ -50,7 +50,7 @@ class Processing:
     tally: Counter[str] = field(default_factory=Counter)
     _proven_on: int = -1  # the connection's reconnects when an answer of the server was heard
     _in_progress: set[int] = field(default_factory=set)  # the messages that are being reprocessed here
-    _bytes: int = 0  # of the messages in hand
+    _bytes: int = 0  # of the messages that are being reprocessed
     _last_size: int = 2**20
     _has_finished: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -73,7 +73,7 @@ class Processing:
                 await self._has_finished.wait()
             size = self._last_size  # as the size of this one isn't known yet
             self._bytes += size
-            letter, why = await self._retry(hint, partial(self._look, hint, advisory))
+            letter, why = await self._retry(hint, partial(self._verify, hint, advisory))
             if letter:
                 self._bytes += len(letter.message.data) - size
                 size = self._last_size = len(letter.message.data)
@@ -89,13 +89,13 @@ class Processing:
         log.info("nothing to reprocess: stream sequence # %d in %s %s", hint.sequence, stream, why)
         return ACK
 
-    async def _look(self, hint: Hint, advisory: Msg) -> tuple[DeadLetter | None, str]:
+    async def _verify(self, hint: Hint, advisory: Msg) -> tuple[DeadLetter | None, str]:
         await probe_ack(self.nc, advisory.reply)  # a heartbeat, so that an operator hears that we begin
         # If we may not ack the message, the server says so now, and not after the work. Sequence 0 postpones nothing.
         await probe_ack(self.nc, ack_subject(self.verifier.stream, hint.consumer, 1, 0))
         if not await self._are_answers_heard(advisory):
             return None, ASKED_RECENTLY
-        return await self.verifier.look(hint)
+        return await self.verifier.verify(hint)
 
     async def _are_answers_heard(self, advisory: Msg) -> bool:
         """Return whether the server's answers get here, once for each connection: else every message would look dead.

@@ -16,9 +16,9 @@ from jobqueue.jetstream.tasks import run_for_each
 log = logging.getLogger(__name__)
 
 COUNT_INTERVAL = 2.5  # seconds between two counts of the dead letters
-LOOK_INTERVAL = 10.0  # seconds between two looks for those without an advisory, while there are any dead letters
-MAX_LOOK_SHARE = 0.25  # of the time, with however many dead letters
-SETTLING_TIME = 5.0  # seconds in which most of the messages that were in flight are done
+SEARCH_INTERVAL = 10.0  # seconds between two searches for those without an advisory, while there are any dead letters
+MAX_SEARCH_SHARE = 0.25  # of the time, with however many dead letters
+QUESTION_DELAY = 5.0  # seconds until the search asks: most of the messages that were in flight are done then
 
 
 async def search(nc: Client, dlq_stream: str, verifier: Verifier) -> None:
@@ -26,33 +26,33 @@ async def search(nc: Client, dlq_stream: str, verifier: Verifier) -> None:
 
     Any number of processes may do so at the same time: within the duplicate window they publish one advisory.
     """
-    now, complaint = asyncio.get_running_loop().time, ""
-    next_look_at = now() + LOOK_INTERVAL
+    now, reported_reason = asyncio.get_running_loop().time, ""
+    next_search_at = now() + SEARCH_INTERVAL
     while True:
         try:
             durables = await verifier.durables.find_all()
             counts = await count_dead(nc, verifier.stream, durables)
             for durable in durables:
                 verifier.forget_old_questions(durable)
-            if max(counts, default=0) > 0 and now() > next_look_at:
+            if max(counts, default=0) > 0 and now() > next_search_at:
                 await _publish_missing(nc, dlq_stream, verifier, durables)
-                next_look_at = now() + LOOK_INTERVAL
-            complaint = ""
-        except Exception as error:  # whatever it is, the next look comes
-            if complaint != (reason := describe_error(error)):
-                complaint = reason
-                log.warning("cannot look for dead letters without an advisory: %s; trying again", reason)
+                next_search_at = now() + SEARCH_INTERVAL
+            reported_reason = ""
+        except Exception as error:  # whatever it is, the next search comes
+            if reported_reason != (reason := describe_error(error)):
+                reported_reason = reason
+                log.warning("cannot search for dead letters without an advisory: %s; trying again", reason)
         await asyncio.sleep(COUNT_INTERVAL)
 
 
 async def _publish_missing(nc: Client, dlq_stream: str, verifier: Verifier, durables: list[Durable]) -> None:
-    now, stream, suspects = asyncio.get_running_loop().time, verifier.stream, list[Hint]()
-    hints = await read_hints(nc, dlq_stream, stream, share=MAX_LOOK_SHARE)
+    now, stream, dead = asyncio.get_running_loop().time, verifier.stream, list[Hint]()
+    hints = await read_hints(nc, dlq_stream, stream, share=MAX_SEARCH_SHARE)
     read_up_to = max((number for hint in hints.values() for number in hint.advisories), default=0)
     candidates = [
         Hint(sequence, durable.name)
         for durable in durables
-        for sequence in await find_unnamed(nc, stream, durable, hints, MAX_LOOK_SHARE)
+        for sequence in await find_unnamed(nc, stream, durable, hints, MAX_SEARCH_SHARE)
         if verifier.may_ask(durable, sequence)
     ]
     del hints
@@ -62,22 +62,22 @@ async def _publish_missing(nc: Client, dlq_stream: str, verifier: Verifier, dura
     async def ask(hint: Hint) -> None:
         _, why = await verifier.explain_alive(hint.sequence, hint.consumer)
         if why in ("", UNCONFIRMED):
-            suspects.append(hint)
+            dead.append(hint)
 
-    await asyncio.sleep(max(SETTLING_TIME, *(longest_delay(durable.config.get("metadata")) for durable in durables)))
+    await asyncio.sleep(max(QUESTION_DELAY, *(longest_delay(durable.config.get("metadata")) for durable in durables)))
     begun = now()
     await run_for_each(candidates, ask)
-    await asyncio.sleep(max(CONFIRM_DELAY, (now() - begun) * (1 / MAX_LOOK_SHARE - 1)))
+    await asyncio.sleep(max(CONFIRM_DELAY, (now() - begun) * (1 / MAX_SEARCH_SHARE - 1)))
     named = await read_hints(nc, dlq_stream, stream, after=read_up_to)
 
     async def publish(hint: Hint) -> None:
-        letter, _ = await verifier.look(hint)
+        letter, _ = await verifier.verify(hint)
         if letter and hint.sequence not in named:
             stored = await publish_advisory(nc, stream, letter.durable, hint.sequence)
             if not stored.duplicate:
                 log.info("dead letter # %d in %s had no advisory: published one", hint.sequence, stream)
 
-    await run_for_each(suspects, publish)
+    await run_for_each(dead, publish)
 
 
 async def find_unnamed(

@@ -16,10 +16,10 @@ MAX_TIMER_LATENESS = 1.0  # seconds, of the server
 NO_DELIVERY_TIME = 30.0  # seconds without a sign that the server redelivers what is due
 # Questions between two deliveries: the search has one. An advisory may come right after that, and be the server's own.
 MAX_QUESTIONS, MAX_QUESTIONS_IF_NAMED = 1, 3
-MAX_FIRST_LOOKS = 200_000  # that are remembered
-FIRST_LOOK_VALID_FOR = 600.0  # seconds
+MAX_UNCONFIRMED = 200_000  # that are remembered
+UNCONFIRMED_VALID_FOR = 600.0  # seconds
 GONE = "is gone"
-# What will be certain at a later look:
+# What will be certain later:
 UNCONFIRMED = "may just have been acked"
 ASKED_RECENTLY = "was pending when the server was asked, and is not asked about again yet"
 
@@ -27,7 +27,7 @@ ASKED_RECENTLY = "was pending when the server was asked, and is not asked about 
 class Verifier:
     """Tells which messages are dead: stored, taken by a durable that has delivered them, and not pending.
 
-    On replicas a first look finds them UNCONFIRMED, and one after CONFIRM_DELAY says whether they are dead.
+    On replicas the first verification finds them UNCONFIRMED, and one after CONFIRM_DELAY says whether they are dead.
     """
 
     def __init__(self, nc: Client, stream: str) -> None:
@@ -37,10 +37,10 @@ class Verifier:
         self._nc = nc
         # By durable and sequence: how often, and when at last, anybody has found a message pending.
         self._questions: dict[tuple[str, int], tuple[int, float]] = {}
-        self._first_looks: dict[int, float] = {}  # by sequence: when it was first found not to be pending
+        self._unconfirmed_since: dict[int, float] = {}  # by sequence: when it was first found not to be pending
         self._now = asyncio.get_running_loop().time
 
-    async def look(self, hint: Hint) -> tuple[DeadLetter | None, str]:
+    async def verify(self, hint: Hint) -> tuple[DeadLetter | None, str]:
         """Return the message that a hint is about, if it is dead; else why it is not."""
         limit = MAX_QUESTIONS_IF_NAMED if hint.advisories else MAX_QUESTIONS
         durable, why = await self.explain_alive(hint.sequence, hint.consumer, limit)
@@ -53,12 +53,12 @@ class Verifier:
         if not durable or not durable.takes(message.subject):
             other = await self.durables.find_by_subject(message.subject)
             if other:
-                return await self.look(hint._replace(consumer=other.name))
+                return await self.verify(hint._replace(consumer=other.name))
             return None, why or f"is not for the durable {hint.consumer}, and no other one takes it"
         if why:
             return None, why
         if not after or after.created != durable.created or after.delivered < hint.sequence:
-            return await self.look(hint)
+            return await self.verify(hint)
         deliveries = hint.deliveries or max(durable.config["max_deliver"], 1)
         return DeadLetter(self.stream, after, deliveries, hint.died_at, message), ""
 
@@ -76,7 +76,7 @@ class Verifier:
                 return durable, ASKED_RECENTLY
             nak, last = delayed_nak(durable.longest_wait), durable.consumer_seq
             if await self.pending.ask(self.stream, name, last, sequence, nak, durable.reconnects):
-                self._first_looks.pop(sequence, None)
+                self._unconfirmed_since.pop(sequence, None)
                 return durable, "is in flight or waits for a retry"
         return durable, UNCONFIRMED if durable.has_replicas and not self._is_confirmed(sequence) else ""
 
@@ -84,7 +84,7 @@ class Verifier:
         """Return whether so many questions between two deliveries leave one more.
 
         Each one postpones a retry. When that is over, and a pull request is left waiting, the message has been
-        redelivered. Without pull requests that can't be told, and it is asked about in the end.
+        redelivered. Without pull requests that is unknown, and it is asked about in the end.
         """
         count, asked_at = self._questions.get((durable.name, sequence), (0, 0.0))
         if count < limit:
@@ -112,8 +112,8 @@ class Verifier:
 
     def _is_confirmed(self, sequence: int) -> bool:
         now = self._now()
-        if now - self._first_looks.get(sequence, now) > FIRST_LOOK_VALID_FOR:
-            del self._first_looks[sequence]
-        if len(self._first_looks) > MAX_FIRST_LOOKS:
-            del self._first_looks[next(iter(self._first_looks))]
-        return now >= self._first_looks.setdefault(sequence, now) + CONFIRM_DELAY
+        if now - self._unconfirmed_since.get(sequence, now) > UNCONFIRMED_VALID_FOR:
+            del self._unconfirmed_since[sequence]
+        if len(self._unconfirmed_since) > MAX_UNCONFIRMED:
+            del self._unconfirmed_since[next(iter(self._unconfirmed_since))]
+        return now >= self._unconfirmed_since.setdefault(sequence, now) + CONFIRM_DELAY

@@ -122,7 +122,7 @@ async def note_delay(nc: Client, stream: str, config: ConsumerConfig, seconds: f
 
 
 def longest_delay(metadata: dict[str, str] | None) -> float:
-    """Return the longest delay, in seconds, that a durable's metadata tells."""
+    """Return the longest delay, in seconds, in a durable's metadata."""
     try:
         return float((metadata or {}).get(LONGEST_DELAY, 0))
     except ValueError:

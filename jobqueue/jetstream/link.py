@@ -1,4 +1,4 @@
-"""How many bytes to have on their way on a link whose speed nobody tells."""
+"""How many bytes to have in transit on a link of unknown speed."""
 
 import asyncio
 

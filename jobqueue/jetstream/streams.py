@@ -127,7 +127,7 @@ async def require_stream_for(nc: Client, subject: str) -> None:
         subject: the subject to publish to.
 
     Raises:
-        Failure: no stream takes it, or the server refuses to tell.
+        Failure: no stream takes it, or the server refuses the question.
 
     Example:
         async with connect("shop") as nc:

@@ -18,7 +18,7 @@ MAX_PULL_LATENESS = 2.0  # seconds after that until its answer counts as lost
 MIN_QUEUE_TIME = 0.01  # seconds of work; below this, a request is sent for every other message
 MAX_QUEUE_TIME = 0.4  # seconds of work that may wait in this process, and of messages that may be on their way
 MAX_REQUESTS = 2  # at a time
-MAX_BYTES = 16 * 2**20  # of messages that are requested or in hand
+MAX_BYTES = 16 * 2**20  # of messages that are requested or received, and not done
 MAX_WINDOW_BYTES = 8 * 2**20
 MIN_LIMIT = 2 * 2**20  # bytes of a request; a batch that can't exceed its limit is sent without `max_bytes`
 TOO_LARGE = "409 Message Size Exceeds MaxBytes"  # the next message, for what is left of a request's bytes
@@ -72,7 +72,7 @@ class _Request:
 class PullRequests:
     """The pull requests that the server has, and how many messages may still come for them (`messages`).
 
-    A request is bounded by bytes, too: by what this process may have in hand, and by what the link carries in a moment.
+    A request is bounded by bytes, too: by what this process may have, and by what the link carries in a moment.
     The server ends a connection for which more than 64 MiB wait, and whatever is on its way for longer than the ack
     wait loses an attempt. There are several requests at a time, so that the link doesn't stand still between them.
 
@@ -100,12 +100,12 @@ class PullRequests:
             receive = partial(self._receive, request)
             await self._nc.subscribe(f"{request.inbox}.*", cb=receive, pending_bytes_limit=0)
 
-    async def send(self, batch: int, in_hand: int) -> None:
+    async def send(self, batch: int, received: int) -> None:
         """Ask for messages, unless there is no room for their bytes yet.
 
         Args:
             batch: how many messages.
-            in_hand: bytes of the messages that have come and are not done.
+            received: bytes of the messages that have come and are not done.
         """
         for request in self._requests:
             if not request.messages:
@@ -113,11 +113,11 @@ class PullRequests:
         else:
             return
         requested, largest = sum([one.bytes for one in self._requests]), self._nc.max_payload
-        spare = MAX_BYTES - in_hand - requested
+        spare = MAX_BYTES - received - requested
         limit = min(max(self.window.size, MIN_LIMIT), max(spare // 2, min(spare, self._size)), self._max_bytes)
         wanted: dict[str, int] = {"expires": self._expires}
         if self._next_exceeds_limit or limit < self._size:
-            if requested or in_hand >= MAX_BYTES:
+            if requested or received >= MAX_BYTES:
                 return
             batch, request.bytes = 1, largest  # one message of any size comes through
         else:
