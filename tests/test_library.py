@@ -104,6 +104,30 @@ async def test_one_event_shuts_several_consumers_of_a_process_down(
     assert done == [b"order-0"]
 
 
+async def test_a_consumer_that_is_cancelled_ends_its_work_first(
+    server: Server, nc: NatsClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NATS_URL", server.url)
+    begun, ended = asyncio.Event(), list[bytes]()
+
+    async def process(order: Msg) -> None:
+        begun.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.1)  # such as an answer to be waited for
+            ended.append(order.data)
+
+    await publish_(nc, b"order-0")
+    async with asyncio.timeout(20):
+        consuming = asyncio.create_task(consume("orders_stream", "orders.*", process))
+        await begun.wait()
+        consuming.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await consuming
+    assert ended == [b"order-0"]
+
+
 async def test_one_signal_shuts_several_consumers_of_a_process_down(
     server: Server, nc: NatsClient, tmp_path: Path
 ) -> None:
