@@ -1,12 +1,16 @@
 """How a script starts and ends when something is missing: a server, a leader, a valid password."""
 
 import asyncio
+import fcntl
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import termios
+from asyncio.subprocess import STDOUT
 from pathlib import Path
+from typing import BinaryIO
 
 import nats
 import psutil
@@ -31,6 +35,7 @@ from tests.harness import (
     serving,
     silent_server,
     started,
+    unread,
     until,
     waiting,
     with_body,
@@ -51,6 +56,27 @@ async def test_a_signal_ends_a_script_that_is_connecting(command: tuple[str, ...
         await until(lambda: bool(psutil.Process(script.process.pid).net_connections("tcp")))
         assert await script.stop() == -signal.SIGTERM
     assert script.messages == ["stopped by SIGTERM"]
+
+
+def unread_bytes(pipe: BinaryIO) -> int:
+    """Return how much may be read from a pipe at once."""
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
+async def test_a_signal_ends_a_script_that_is_writing_to_its_log(server: Server, tmp_path: Path) -> None:
+    """Nobody reads the log at first, so that the signal comes in the middle of a line."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import logging\nfrom jobqueue import run\n\n\n"
+        "async def main():\n    while True:\n        logging.getLogger('__main__').info('x' * 1000)\n\n\nrun(main())\n"
+    )
+    async with unread(server, str(program), stderr=STDOUT) as (running, pipe):
+        await until(lambda: unread_bytes(pipe) > 60_000)  # of the 64 KiB that a pipe has room for
+        running.terminate()
+        written = await asyncio.to_thread(pipe.read)
+        assert await running.wait() == -signal.SIGTERM
+    assert written.endswith(b" stopped by SIGTERM\n")
+    assert b"Traceback" not in written
 
 
 @pytest.mark.skipif(not can_be_process_1(), reason="unshare is not permitted")

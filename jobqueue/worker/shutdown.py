@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 log = logging.getLogger(__name__)
@@ -128,9 +128,10 @@ def end_process(signum: int, _frame: Any = None) -> None:
 
 
 def end_while_starting(signum: int, _frame: Any) -> None:
-    """End the process by a signal, and log that."""
-    signal.signal(signum, end_process)  # the log may be stalled
-    log.info("stopped by %s", signal.Signals(signum).name)
+    """End the process by a signal, and say so on standard error: the signal may have interrupted the log itself."""
+    signal.signal(signum, end_process)  # standard error may be stalled
+    with suppress(OSError):
+        os.write(2, f"{time.strftime('%Y/%m/%d %H:%M:%S')} stopped by {signal.Signals(signum).name}\n".encode())
     end_process(signum)
 
 
