@@ -46,8 +46,9 @@ def example(text: str) -> str:
 
 
 def environment(**env: str) -> dict[str, str]:
-    """Return the environment of a test's processes: nothing of the developer's own NATS settings."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("NATS_")}
+    """Return the environment of a test's processes, without the developer's own settings."""
+    own = ("NATS_", "PYTHONUNBUFFERED")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(own)}
     return {**inherited, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **env}
 
 

@@ -218,7 +218,7 @@ async def test_the_image(tmp_path: Path) -> None:
     async with started("hadolint", tmp_path / "Dockerfile") as linted:
         assert await linted.status() == 0, linted.lines
     version = re.findall(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)
-    assert re.findall("nats-job-queue==(.*)", block(PAGE, "requirements.txt")) == version
+    assert re.findall("nats_job_queue-(.*)-py3", block(PAGE, "requirements.txt")) == version
 
 
 def of_deployment(language: str, text: str) -> str:
@@ -378,6 +378,9 @@ async def test_a_consumer_in_a_web_application(bare_server: Server, nc: Client, 
         await app.line("INFO: +Application shutdown complete.")
         await app.status()
     assert await messages(nc, "mails_stream") == 0
+    async with started(*uvicorn, cwd=tmp_path, NATS_URL="nats://127.0.0.1:1") as app:
+        await app.line("jobqueue.errors.Failure: cannot connect to nats://127.0.0.1:1: Connection refused")
+        await app.status()
 
 
 async def holds_one(nc: Client) -> bool:
