@@ -137,11 +137,7 @@ def describe_error(error: BaseException) -> str:
 def describe_attempt(error: BaseException, attempt: int, max_deliver: int, sequence: int) -> str:
     """Return what follows "error processing order-1" in the log: why, and the traceback of a user's own exception.
 
-    Args:
-        error: the exception, as `TimeLimit.run` returns it.
-        attempt: the number of the attempt, from 1.
-        max_deliver: how many attempts there are before the message is a dead letter; 0 if that never happens.
-        sequence: the message's stream sequence.
+    `max_deliver` is 0 where the message never becomes a dead letter.
     """
     if isinstance(error, Retry) and not str(error):
         return ""

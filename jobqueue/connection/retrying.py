@@ -21,12 +21,8 @@ T = TypeVar("T")
 async def retry(call: Callable[[], Awaitable[T]], what: str, should_raise: Callable[[Exception], bool]) -> T:
     """Return what `call()` returns; call it again after each transient error, and after a "not found".
 
-    An error with one of PERMANENT_CODES is raised.
-
-    Args:
-        call: makes the request.
-        what: what it is for; the log line at the first error begins with it.
-        should_raise: says of an error whether to raise it instead.
+    An error with one of PERMANENT_CODES is raised, and one of which `should_raise` says so. The log line at the first
+    error begins with `what`.
     """
     delay = MIN_RETRY_DELAY
     while True:

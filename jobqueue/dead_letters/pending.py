@@ -33,9 +33,7 @@ class Pending:
     - On a single server the ack of a message is processed as a whole, before the next nak. So a message that is not
       pending, and is still stored when it is read after that, was not acked. On replicas it may leave a moment later.
 
-    Args:
-        nc: the connection.
-        on_nak: is called with each advisory, whoever has sent the nak.
+    `on_nak` is called with each advisory, whoever has sent the nak.
     """
 
     def __init__(self, nc: Client, on_nak: Callable[[dict[str, Any]], None] = lambda _: None) -> None:

@@ -15,13 +15,8 @@ VERSION_1_TOKENS = 9  # of an ack subject; version 2 has a domain and an account
 def ack_subject(stream: str, durable: str, deliveries: int, sequence: int, consumer_seq: int = 0, time: int = 0) -> str:
     """Return the ack subject of a delivery (version 1, which every server takes); a field that nobody reads may be 0.
 
-    Args:
-        stream: the stream's name.
-        durable: the durable's name.
-        deliveries: how often the message had been delivered, this delivery included.
-        sequence: the message's stream sequence.
-        consumer_seq: the number of the delivery among all of the durable.
-        time: when the message was stored, in nanoseconds.
+    `consumer_seq` is the number of the delivery among all of the durable; `time` is when the message was stored, in
+    nanoseconds.
     """
     return f"$JS.ACK.{stream}.{durable}.{deliveries}.{sequence}.{consumer_seq}.{time}.0"
 

@@ -26,17 +26,12 @@ LONGEST_DELAY = "nats_job_queue.longest_delay"  # in a durable's metadata: of it
 async def ensure_durable(nc: Client, stream: str, config: ConsumerConfig, *, update: bool = False) -> dict[str, Any]:
     """Return what the server says of a durable consumer; create it if it is missing.
 
-    Args:
-        nc: the connection.
-        stream: the stream's name.
-        config: the fields that are set here are its own.
-        update: whether to change its own fields in a durable that exists. The others are an operator's, and stay.
-            So does `max_ack_pending`, unless it is the server's default.
+    With `update`, change in one that exists the fields that are set in `config`. The others are an operator's, and
+    stay. So does `max_ack_pending`, unless it is the server's default.
 
     Raises:
         Failure: the durable can't be used, or has another filter, which is not changed: the server would skip what
             doesn't match.
-        nats.errors.Error: the request timed out or was refused.
     """
     durable, own = config.durable_name, {field: value for field, value in config.as_dict().items() if value}
     subject = _create_subject(stream, config)
@@ -98,16 +93,8 @@ async def _configure(nc: Client, subject: str, request: dict[str, Any]) -> dict[
 async def note_delay(nc: Client, stream: str, config: ConsumerConfig, seconds: float) -> None:
     """Note in a durable's metadata how long its messages wait for a retry, if that is longer than ever before.
 
-    Whoever looks for dead letters waits for that long before it asks about a message.
-
-    Args:
-        nc: the connection.
-        stream: the stream's name.
-        config: the durable's configuration, in which it is noted, too.
-        seconds: the delay; noted is the next power of two, so that it is seldom written.
-
-    Raises:
-        nats.errors.Error: the request timed out or was refused.
+    Whoever looks for dead letters waits for that long before it asks about a message. Noted, in `config` too, is the
+    next power of two, so that it is seldom written.
     """
     noted = 2.0 ** math.ceil(math.log2(max(seconds, 1.0)))
     if noted <= longest_delay(config.metadata):
@@ -189,15 +176,7 @@ class Durables:
         self._now = asyncio.get_running_loop().time
 
     async def find(self, name: str, since: float = 0.0) -> Durable | None:
-        """Return what the server says of a durable; None if there is none.
-
-        Args:
-            name: the durable's name.
-            since: by the event loop's clock; the server is asked again if it was last asked before.
-
-        Raises:
-            nats.errors.Error: the request timed out.
-        """
+        """Return what the server has said of a durable since a time of the event loop; None if there is none."""
         async with self._locks.setdefault(name, asyncio.Lock()):  # one request answers all that wait
             now, reconnects = self._now(), self._nc.reconnects
             found = self._found.get(name)
@@ -214,11 +193,7 @@ class Durables:
             return self._found[name]
 
     async def find_all(self) -> list[Durable]:
-        """Return what the server says of each durable of the stream.
-
-        Raises:
-            nats.errors.Error: the request timed out, or a durable has no leader at the moment.
-        """
+        """Return what the server says of each durable of the stream; raise Error while one of them has no leader."""
         found: list[Durable] = []
         while True:
             now, reconnects = self._now(), self._nc.reconnects
@@ -230,11 +205,7 @@ class Durables:
                 return found
 
     async def find_by_subject(self, subject: str) -> Durable | None:
-        """Return the durable that takes the messages of a subject: in a work queue there is one at most.
-
-        Raises:
-            nats.errors.Error: the request timed out.
-        """
+        """Return the durable that takes the messages of a subject: in a work queue there is one at most."""
         return next((durable for durable in await self.find_all() if durable.takes(subject)), None)
 
     async def has_max_deliver(self, name: str, max_deliver: int) -> bool:

@@ -17,11 +17,7 @@ def transfer_time(size: int) -> float:
 class LinkWindow:
     """As many bytes as the link was seen to carry within some seconds: nothing waits for longer behind them.
 
-    While the window is what limits the throughput, it grows until the link does.
-
-    Args:
-        seconds: how long the bytes of a whole window may take.
-        largest: the largest window, in bytes.
+    While the window is what limits the throughput, it grows until the link does, up to `largest` bytes.
     """
 
     def __init__(self, seconds: float, largest: int) -> None:

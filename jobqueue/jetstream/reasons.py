@@ -57,11 +57,7 @@ class Reasons:
                 await self._nc.publish(self._subject(sequence), json.dumps(reason).encode())
 
     async def read(self, sequence: int, stored_at: int) -> Reason | None:
-        """Return the reason of the message with a stream sequence that was stored then, in nanoseconds; None without.
-
-        Raises:
-            nats.errors.Error: the request timed out.
-        """
+        """Return the reason of the message that was stored then, in nanoseconds; None if there is none."""
         if not self._kept_in:
             return None
         try:

@@ -23,9 +23,6 @@ async def find_stored_at(nc: Client, stream: str, sequence: int, size: int) -> i
     Any replica answers a direct get, without a leader. The leader is asked where nobody does, since the stream has no
     `allow_direct` (nats-server 2.10 then says nothing), or where the message itself has a header `Status: 503`, which
     nats-py takes for "no responders".
-
-    Raises:
-        nats.errors.Error: the request timed out.
     """
     request, timeout = json.dumps({"seq": sequence}).encode(), API_TIMEOUT + transfer_time(size)
     try:
@@ -43,11 +40,7 @@ async def find_stored_at(nc: Client, stream: str, sequence: int, size: int) -> i
 
 
 def parse_time(text: str) -> int:
-    """Return the nanoseconds since 1970 of a time as the server writes it.
-
-    Raises:
-        ValueError: it is no time.
-    """
+    """Return the nanoseconds since 1970 of a time as the server writes it; raise ValueError if it is none."""
     parts = TIME.fullmatch(text)
     if not parts:
         raise ValueError

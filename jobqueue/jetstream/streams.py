@@ -29,15 +29,7 @@ async def api_request(
 ) -> dict[str, Any]:
     """Return the answer to a JetStream API request as it is on the wire; nats-py drops the fields that it doesn't know.
 
-    Args:
-        nc: the connection.
-        subject: without `$JS.API.`, such as `STREAM.INFO.orders_stream`.
-        payload: what to send as JSON.
-        timeout: seconds.
-
-    Raises:
-        nats.js.errors.APIError: the answer is an error; NotFoundError where something is missing.
-        nats.errors.Error: the request timed out.
+    The subject is without `$JS.API.`, such as `STREAM.INFO.orders_stream`.
     """
     answer = await nc.request(f"$JS.API.{subject}", json.dumps(payload).encode() if payload else b"", timeout)
     decoded: dict[str, Any] = json.loads(answer.data)
@@ -51,9 +43,6 @@ def require_connection(nc: Client, reconnects: int) -> None:
 
     To be called before anything is sent that acks, naks or publishes again: nats-py buffers that while disconnected,
     and sends it to whatever server answers next. Another stream may have the same sequences there.
-
-    Raises:
-        ConnectionReconnectingError: it isn't.
     """
     if not nc.is_connected or nc.reconnects != reconnects:
         raise ConnectionReconnectingError
@@ -106,11 +95,7 @@ def subjects_overlap(one: str, other: str) -> bool:
 
 
 async def find_stream(nc: Client, subject: str) -> str:
-    """Return the name of the stream that takes a subject; "" if there is none. A refusal ends no work.
-
-    Raises:
-        nats.errors.Error: the request timed out or was refused.
-    """
+    """Return the name of the stream that takes a subject; "" if there is none. A refusal ends no work."""
     nc.may_be_refused.add("$js.api.stream.names")
     try:
         names = await api_request(nc, "STREAM.NAMES", {"subject": subject})

@@ -101,12 +101,7 @@ class PullRequests:
             await self._nc.subscribe(f"{request.inbox}.*", cb=receive, pending_bytes_limit=0)
 
     async def send(self, batch: int, received: int) -> None:
-        """Ask for messages, unless there is no room for their bytes yet.
-
-        Args:
-            batch: how many messages.
-            received: bytes of the messages that have come and are not done.
-        """
+        """Ask for messages, unless there is no room for their bytes beside those that are received and not done."""
         for request in self._requests:
             if not request.messages:
                 break

@@ -34,13 +34,8 @@ Handle = Callable[[Msg], Awaitable[bytes]]
 class Worker:
     """Keeps enough messages of a durable in flight that processing never waits for the server, and acks each when done.
 
-    Args:
-        nc: the connection.
-        stream: the stream's name.
-        config: the durable's configuration.
-        handle: processes one message and returns ACK, TERM, NAK or LEAVE; an exception is logged and means LEAVE.
-        concurrency: how many messages are processed at a time.
-        time_limit: what `handle` runs the user's work with.
+    `handle` processes one message, its user's work within `time_limit`, and returns ACK, TERM, NAK or LEAVE; an
+    exception is logged and means LEAVE.
     """
 
     def __init__(
@@ -70,14 +65,7 @@ class Worker:
         return len(self._in_flight)
 
     async def run(self, shutdown: asyncio.Event) -> Counter[bytes]:
-        """Process messages until the shutdown, then finish what is in flight.
-
-        Returns:
-            How many deliveries had each ack.
-
-        Raises:
-            Failure: the durable cannot be created.
-        """
+        """Process messages until the shutdown, and finish; return how many deliveries had each ack."""
         self._shutdown = shutdown
         ack_wait = await self._set_up()
         await self._in_flight.start()
