@@ -32,7 +32,7 @@ from jobqueue.dead_letters.letter import DeadLetter
 from jobqueue.dead_letters.processing import Processing
 from jobqueue.dead_letters.verifying import Verifier
 from jobqueue.errors import MAX_TRACEBACK, Dead, Failure, Retry, describe_attempt, describe_error, printable
-from jobqueue.jetstream import acks, reading, stored, streams
+from jobqueue.jetstream import acks, reading, streams
 from jobqueue.jetstream.durables import Durable
 from jobqueue.jetstream.reasons import Reasons
 from jobqueue.jetstream.tasks import AT_A_TIME, run_all, run_for_each
@@ -82,7 +82,7 @@ def test_only_an_unexpected_end_of_a_pull_request_is_described(status: str, desc
     ("1969-12-31T23:59:59.25Z", -750_000_000), ("0001-01-01T00:00:00Z", -62_135_596_800 * SECOND),  # Go's zero time
 ])  # fmt: skip
 def test_a_time_is_parsed_to_the_nanosecond_in_any_zone(text: str, nanoseconds: int) -> None:
-    assert stored.parse_time(text) == nanoseconds
+    assert reading.parse_time(text) == nanoseconds
 
 
 @table("text", ["", "2026-11-26", *(f"2026-11-26T{rest}" for rest in (
@@ -90,16 +90,16 @@ def test_a_time_is_parsed_to_the_nanosecond_in_any_zone(text: str, nanoseconds: 
 )), "2026-11-26 00:00:00Z", " 2026-11-26T00:00:00Z", "2026-02-30T00:00:00Z"])  # fmt: skip
 def test_a_malformed_time_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError):
-        stored.parse_time(text)
+        reading.parse_time(text)
 
 
 @random_inputs
-@given(st.integers(0, 253_402_300_800 * SECOND - 1), st.from_regex(stored.TIME, fullmatch=True))
+@given(st.integers(0, 253_402_300_800 * SECOND - 1), st.from_regex(reading.TIME, fullmatch=True))
 def test_a_time_is_the_same_after_it_was_formatted_and_parsed(nanoseconds: int, text: str) -> None:
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z", stored.format_time(nanoseconds))
-    assert stored.parse_time(stored.format_time(nanoseconds)) == nanoseconds
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z", reading.format_time(nanoseconds))
+    assert reading.parse_time(reading.format_time(nanoseconds)) == nanoseconds
     with suppress(ValueError):  # and no other error
-        stored.parse_time(text)
+        reading.parse_time(text)
 
 
 SUBJECTS = [".".join(tokens) for length in range(1, 5) for tokens in product("abc", repeat=length)]

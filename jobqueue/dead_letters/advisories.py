@@ -12,8 +12,7 @@ from nats.js.api import PubAck
 
 from jobqueue.connection.client import Client
 from jobqueue.jetstream.durables import Durable
-from jobqueue.jetstream.reading import StoredMessage, get_message, read_messages
-from jobqueue.jetstream.stored import parse_time
+from jobqueue.jetstream.reading import StoredMessage, get_message, parse_time, read_messages
 from jobqueue.jetstream.streams import (
     ADVISORY,
     REQUEST_TIMEOUT,

@@ -9,9 +9,8 @@ from jobqueue.connection.client import Client
 from jobqueue.dead_letters.headers import find_header, read_headers
 from jobqueue.jetstream.acks import ack_subject
 from jobqueue.jetstream.durables import Durable
-from jobqueue.jetstream.reading import StoredMessage
+from jobqueue.jetstream.reading import StoredMessage, format_time
 from jobqueue.jetstream.reasons import Reason
-from jobqueue.jetstream.stored import format_time
 
 
 class DeadLetter(NamedTuple):

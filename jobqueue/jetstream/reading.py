@@ -2,15 +2,19 @@
 
 import asyncio
 import base64
+import json
+import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+from nats.errors import NoRespondersError
 from nats.js.errors import NotFoundError
 
 from jobqueue.connection.client import Client
-from jobqueue.jetstream.stored import NO_MESSAGE_FOUND, parse_time
+from jobqueue.jetstream.link import transfer_time
 from jobqueue.jetstream.streams import API_TIMEOUT, api_request
 from jobqueue.jetstream.tasks import run_all
 
@@ -20,6 +24,8 @@ MAX_READ_BYTES = 4 * 2**20  # that are read at a time, if the next messages are 
 MAX_PENDING = 48 * 2**20  # bytes that may be on their way at worst; the server ends a connection at 64 MiB
 ENCODED = 1.4  # bytes in an answer for each byte of a message
 FRESH_FOR = 0.5  # seconds
+NO_MESSAGE_FOUND = 10037  # JetStream's error code
+TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)")
 
 
 class StoredMessage(NamedTuple):
@@ -69,21 +75,23 @@ async def get_message(nc: Client, stream: str, sequence: int, subject: str | Non
     if not (reads := _reads.get(nc)):
         reads = _reads[nc] = _Reads(nc)
     async with reads:
-        message = await _get_message(nc, stream, sequence, subject)
+        message = await _get_message(nc, stream, sequence, subject, READ_TIMEOUTS)
         if message:
             reads.limit = window_size(nc, [message])
         return message
 
 
-async def _get_message(nc: Client, stream: str, sequence: int, subject: str | None) -> StoredMessage | None:
+async def _get_message(
+    nc: Client, stream: str, sequence: int, subject: str | None, timeouts: Sequence[float]
+) -> StoredMessage | None:
     request: dict[str, Any] = {"seq": sequence} | ({"next_by_subj": subject} if subject else {})
-    for timeout in READ_TIMEOUTS:
+    for timeout in timeouts:
         now = time.monotonic(), nc.reconnects
         try:
             found = (await api_request(nc, f"STREAM.MSG.GET.{stream}", request, timeout))["message"]
             break
         except TimeoutError:
-            if timeout == READ_TIMEOUTS[-1] or not nc.is_connected:
+            if timeout == timeouts[-1] or not nc.is_connected:
                 raise
         except NotFoundError as error:
             if error.err_code == NO_MESSAGE_FOUND:
@@ -136,3 +144,37 @@ async def read_messages(
 
 def _width(sequences: tuple[int, int]) -> int:
     return sequences[1] - sequences[0]
+
+
+async def find_stored_at(nc: Client, stream: str, sequence: int, size: int) -> int | None:
+    """Return when the message with a stream sequence was stored, in nanoseconds; None if there is none.
+
+    The answer is the whole message; `size` is how large it is expected to be, in bytes.
+
+    Any replica answers a direct get, without a leader. The leader is asked where nobody does, since the stream has no
+    `allow_direct` (nats-server 2.10 then says nothing), or where the message itself has a header `Status: 503`, which
+    nats-py takes for "no responders".
+    """
+    request, timeout = json.dumps({"seq": sequence}).encode(), API_TIMEOUT + transfer_time(size)
+    try:
+        answer = await nc.request(f"$JS.API.DIRECT.GET.{stream}", request, timeout)
+    except (NoRespondersError, TimeoutError):
+        found = await _get_message(nc, stream, sequence, None, (timeout,))
+        return found.stored_at if found else None
+    stored_at = (answer.headers or {}).get("Nats-Time-Stamp")
+    return parse_time(stored_at) if stored_at else None
+
+
+def parse_time(text: str) -> int:
+    """Return the nanoseconds since 1970 of a time as the server writes it; raise ValueError if it is none."""
+    parts = TIME.fullmatch(text)
+    if not parts:
+        raise ValueError
+    seconds, fraction, zone = parts.groups()
+    return int(datetime.fromisoformat(seconds + zone).timestamp()) * 10**9 + int((fraction or "").ljust(9, "0"))
+
+
+def format_time(nanoseconds: int) -> str:
+    """Return a time as the server writes it."""
+    seconds, fraction = divmod(nanoseconds, 10**9)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{fraction:09d}Z"

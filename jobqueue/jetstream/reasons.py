@@ -12,7 +12,7 @@ from nats.js.errors import NotFoundError
 from jobqueue.connection.client import Client
 from jobqueue.errors import describe_error
 from jobqueue.jetstream.acks import parse_ack_subject
-from jobqueue.jetstream.stored import parse_time
+from jobqueue.jetstream.reading import parse_time
 from jobqueue.jetstream.streams import api_request, find_stream
 
 SUBJECT = "failures"  # .<stream>.<stream sequence>

@@ -13,7 +13,7 @@ from jobqueue.connection.client import Client
 from jobqueue.connection.retrying import MIN_RETRY_DELAY
 from jobqueue.errors import describe_error
 from jobqueue.jetstream.durables import ensure_durable, has_replicas
-from jobqueue.jetstream.stored import find_stored_at
+from jobqueue.jetstream.reading import find_stored_at
 from jobqueue.jetstream.streams import api_request
 from jobqueue.jetstream.tasks import run_all, run_for_each
 from jobqueue.worker.in_flight import CHECK_VALID_FOR, InFlight, InFlightMessage
