@@ -23,7 +23,7 @@ from jobqueue.dead_letters.removing import redrive, remove
 from jobqueue.dead_letters.verifying import GONE, Verifier
 from jobqueue.errors import describe_error, printable
 from jobqueue.jetstream.acks import ACK, ack_subject, delayed_nak, parse_ack_subject
-from jobqueue.jetstream.durables import Durable, Durables, ensure_durable, shortest_ack_wait
+from jobqueue.jetstream.durables import Durable, Durables, ensure_durable
 from jobqueue.jetstream.reading import get_message
 from jobqueue.jetstream.reasons import Reasons
 from jobqueue.jetstream.streams import REQUEST_TIMEOUT, require_connection
@@ -145,7 +145,7 @@ class Operation:
         """Take advisories that wait for a retry, and skip those that somebody else has in flight."""
         self._heard -= set(advisories)
         pending: list[int] = []
-        listening_time = shortest_ack_wait(durable.config) + HEARTBEAT_LATENESS
+        listening_time = durable.ack_wait + HEARTBEAT_LATENESS
 
         async def ask(advisory: int) -> None:
             if await self._ask(advisory, durable.consumer_seq, durable.reconnects, LEASE + listening_time):

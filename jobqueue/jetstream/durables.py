@@ -23,7 +23,7 @@ DEFAULT_MAX_ACK_PENDING = 1000  # the server's
 LONGEST_DELAY = "nats_job_queue.longest_delay"  # in a durable's metadata: of its messages that wait for a retry
 
 
-async def ensure_durable(nc: Client, stream: str, config: ConsumerConfig, *, update: bool = False) -> dict[str, Any]:
+async def ensure_durable(nc: Client, stream: str, config: ConsumerConfig, *, update: bool = False) -> "Durable":
     """Return what the server says of a durable consumer; create it if it is missing.
 
     With `update`, change in one that exists the fields that are set in `config`. The others are an operator's, and
@@ -34,19 +34,20 @@ async def ensure_durable(nc: Client, stream: str, config: ConsumerConfig, *, upd
             doesn't match.
     """
     durable, own = config.durable_name, {field: value for field, value in config.as_dict().items() if value}
-    subject = _create_subject(stream, config)
+    subject, reconnects = _create_subject(stream, config), nc.reconnects
     try:
         info = await api_request(nc, f"CONSUMER.INFO.{stream}.{durable}")
     except NotFoundError:
         try:
-            return await _configure(nc, subject, {"stream_name": stream, "config": own, "action": "create"})
+            made = await _configure(nc, subject, {"stream_name": stream, "config": own, "action": "create"})
+            return Durable(made, reconnects)
         except APIError as error:
             if error.err_code != CONSUMER_EXISTS:  # another process has just created it
                 raise
             return await ensure_durable(nc, stream, config, update=update)
-    current = info["config"]
+    current, found = info["config"], Durable(info, reconnects)
     if not update:
-        return info
+        return found
     for field in UNUSABLE_FIELDS:
         if current.get(field):
             raise Failure(
@@ -55,15 +56,15 @@ async def ensure_durable(nc: Client, stream: str, config: ConsumerConfig, *, upd
     if current.get("max_ack_pending") != DEFAULT_MAX_ACK_PENDING:
         _keep_max_ack_pending(stream, current, own)
     if current | own == current:
-        return info
-    if "filter_subject" in own and (filters := subject_filters(current)) != [own["filter_subject"]]:
+        return found
+    if "filter_subject" in own and found.filters != [own["filter_subject"]]:
         raise Failure(
-            f"the durable {durable} on {stream} takes {printable(', '.join(filters))}, not {own['filter_subject']}; "
-            "all its processes share that. To change it, stop them, run "
+            f"the durable {durable} on {stream} takes {printable(', '.join(found.filters))}, not "
+            f"{own['filter_subject']}; all its processes share that. To change it, stop them, run "
             f"`nats consumer rm -f {stream} {durable}`, and start again: what was skipped is then delivered, "
             "and so are the dead letters"
         )
-    return await _configure(nc, subject, {"stream_name": stream, "config": current | own})
+    return Durable(await _configure(nc, subject, {"stream_name": stream, "config": current | own}), reconnects)
 
 
 def _keep_max_ack_pending(stream: str, current: dict[str, Any], own: dict[str, Any]) -> None:
@@ -116,25 +117,10 @@ def longest_delay(metadata: dict[str, str] | None) -> float:
         return 0.0
 
 
-def shortest_ack_wait(config: dict[str, Any]) -> float:
-    """Return the seconds until a message of a durable is redelivered unless there is a heartbeat."""
-    return float(min(config.get("backoff") or [config["ack_wait"]])) / 1e9
-
-
-def subject_filters(config: dict[str, Any]) -> list[str]:
-    """Return the subject filters of a durable."""
-    return config.get("filter_subjects") or [config.get("filter_subject") or ">"]
-
-
-def has_replicas(info: dict[str, Any]) -> bool:
-    """Return whether other servers have a durable too: they agree on each ack, and one may become its leader."""
-    return bool((info.get("cluster") or {}).get("replicas"))
-
-
 class Durable:
     """What the server says of a durable."""
 
-    def __init__(self, info: dict[str, Any], asked_at: float, reconnects: int) -> None:
+    def __init__(self, info: dict[str, Any], reconnects: int) -> None:
         self.name: str = info["name"]
         self.config: dict[str, Any] = info["config"]  # as it is on the wire
         self.created: str = info["created"]  # by the server's clock
@@ -145,20 +131,19 @@ class Durable:
         self.pending: int = info["num_ack_pending"]  # messages that are delivered and neither acked nor exhausted
         self.pull_requests: int = info["num_waiting"]  # the open ones
         self.is_paused = bool(info.get("paused"))  # by an operator
-        self.has_replicas = has_replicas(info)
-        self.asked_at = asked_at  # by the event loop's clock
+        cluster: dict[str, Any] = info.get("cluster") or {}
+        self.leader: str | None = cluster.get("leader")  # None on a single server
+        self.has_replicas = bool(cluster.get("replicas"))  # these agree on each ack, and one may become the leader
+        self.filters: list[str] = self.config.get("filter_subjects") or [self.config.get("filter_subject") or ">"]
+        backoff: list[int] = self.config.get("backoff") or [self.config.get("ack_wait", 0)]  # nanoseconds
+        self.ack_wait = min(backoff) / 1e9  # seconds until a message is redelivered unless there is a heartbeat
+        self.longest_backoff = max(backoff) / 1e9
         self.reconnects = reconnects  # those of the connection until then
-
-    @property
-    def filters(self) -> list[str]:
-        """Its subject filters."""
-        return subject_filters(self.config)
 
     @property
     def longest_wait(self) -> float:
         """The seconds that a message waits for a retry at most."""
-        by_server = float(max(self.config.get("backoff") or [self.config["ack_wait"]])) / 1e9
-        return max(by_server, longest_delay(self.config.get("metadata")))
+        return max(self.longest_backoff, longest_delay(self.config.get("metadata")))
 
     def takes(self, subject: str) -> bool:
         """Return whether its filter matches a message's subject."""
@@ -171,7 +156,7 @@ class Durables:
     def __init__(self, nc: Client, stream: str) -> None:
         self._nc = nc
         self._stream = stream
-        self._found: dict[str, Durable] = {}
+        self._found: dict[str, tuple[float, Durable]] = {}  # by name, and when the server was asked
         self._locks: dict[str, asyncio.Lock] = {}
         self._now = asyncio.get_running_loop().time
 
@@ -179,8 +164,8 @@ class Durables:
         """Return what the server has said of a durable since a time of the event loop; None if there is none."""
         async with self._locks.setdefault(name, asyncio.Lock()):  # one request answers all that wait
             now, reconnects = self._now(), self._nc.reconnects
-            found = self._found.get(name)
-            if found and found.asked_at >= max(since, now - DURABLE_VALID_FOR) and found.reconnects == reconnects:
+            asked_at, found = self._found.get(name, (0.0, None))
+            if found and asked_at >= max(since, now - DURABLE_VALID_FOR) and found.reconnects == reconnects:
                 return found
             self._found.pop(name, None)
             try:
@@ -189,18 +174,18 @@ class Durables:
                 if error.err_code != CONSUMER_NOT_FOUND:
                     raise
                 return None
-            self._found[name] = Durable(info, now, reconnects)
-            return self._found[name]
+            self._found[name] = now, Durable(info, reconnects)
+            return self._found[name][1]
 
     async def find_all(self) -> list[Durable]:
         """Return what the server says of each durable of the stream; raise Error while one of them has no leader."""
         found: list[Durable] = []
         while True:
-            now, reconnects = self._now(), self._nc.reconnects
+            reconnects = self._nc.reconnects
             page = await api_request(self._nc, f"CONSUMER.LIST.{self._stream}", {"offset": len(found)})
             if page.get("missing"):
                 raise Error(f"the durable {printable(page['missing'][0])} does not answer")
-            found += [Durable(info, now, reconnects) for info in page["consumers"] or []]
+            found += [Durable(info, reconnects) for info in page["consumers"] or []]
             if not page["consumers"] or len(found) >= page["total"]:
                 return found
 

@@ -12,7 +12,7 @@ from nats.js.api import ConsumerConfig
 from jobqueue.connection.client import Client
 from jobqueue.connection.retrying import MIN_RETRY_DELAY
 from jobqueue.errors import describe_error
-from jobqueue.jetstream.durables import ensure_durable, has_replicas
+from jobqueue.jetstream.durables import Durable, ensure_durable
 from jobqueue.jetstream.reading import find_stored_at
 from jobqueue.jetstream.streams import api_request
 from jobqueue.jetstream.tasks import run_all, run_for_each
@@ -130,8 +130,8 @@ class Recovery:
         durable, stream = await asyncio.gather(
             ensure_durable(self._nc, self._stream, self._config), api_request(self._nc, f"STREAM.INFO.{self._stream}")
         )
-        self._pulls.set_limits(durable["config"])
-        self._in_flight.has_replicas = has_replicas(durable)
+        self._pulls.set_limits(durable.config)
+        self._in_flight.has_replicas = durable.has_replicas
         self._note_changes(durable, stream)
         self._in_flight.checked_at = checked_at
         await self._in_flight.resend_acks()
@@ -140,16 +140,16 @@ class Recovery:
             await run_for_each(self._in_flight.not_begun(), self._drop_if_gone)
             self._is_in_doubt = epoch != self._in_flight.epoch
 
-    def _note_changes(self, durable: dict[str, Any], stream: dict[str, Any]) -> None:
+    def _note_changes(self, durable: Durable, stream: dict[str, Any]) -> None:
         """Recover if the durable has another leader, or the stream may be another one.
 
         When a stream was created is only a hint: that changes too when it is restored, and doesn't when its store is
         rolled back.
         """
-        leader, created = (durable.get("cluster") or {}).get("leader"), stream["created"]
-        if self._leader not in (leader, None) or self._created not in (created, None):
+        created = stream["created"]
+        if self._leader not in (durable.leader, None) or self._created not in (created, None):
             self.recover()
-        self._leader, self._created = leader, created
+        self._leader, self._created = durable.leader, created
 
     async def _verify_highest(self, unverified: list[InFlightMessage]) -> None:
         """Verify all messages up to the highest one that is the same.

@@ -5,7 +5,6 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any
 
 from nats.aio.msg import Msg
 from nats.errors import Error
@@ -15,7 +14,7 @@ from jobqueue.connection.client import Client
 from jobqueue.connection.retrying import retry_at_start
 from jobqueue.errors import Failure, describe_error
 from jobqueue.jetstream.acks import LEAVE, ack_subject, probe_ack
-from jobqueue.jetstream.durables import ensure_durable, has_replicas, shortest_ack_wait
+from jobqueue.jetstream.durables import Durable, ensure_durable
 from jobqueue.jetstream.streams import api_request
 from jobqueue.worker.in_flight import InFlight, InFlightMessage
 from jobqueue.worker.pulling import Prefetch, PullRequests
@@ -94,16 +93,16 @@ class Worker:
         """Create or update the durable, and return its ack wait in seconds."""
         durable = f"the durable {self._durable} on {self._stream}"
 
-        async def set_up() -> dict[str, Any]:
+        async def set_up() -> Durable:
             await probe_ack(self._nc, ack_subject(self._stream, self._durable, 1, 0))
             return await ensure_durable(self._nc, self._stream, self._config, update=True)
 
         try:
-            info = await retry_at_start(set_up, durable, lambda _: self._shutdown.is_set())
+            made = await retry_at_start(set_up, durable, lambda _: self._shutdown.is_set())
         except (Error, TimeoutError) as error:
             raise Failure(f"cannot create {durable}: {describe_error(error)}") from None
-        self._in_flight.has_replicas = has_replicas(info)
-        return shortest_ack_wait(info["config"])
+        self._in_flight.has_replicas = made.has_replicas
+        return made.ack_wait
 
     async def _finish(self) -> None:
         """Wait until no delivery can come, all messages are processed, and the acks are confirmed."""
