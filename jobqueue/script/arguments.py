@@ -4,7 +4,8 @@ import argparse
 import math
 import re
 from collections.abc import Callable
-from typing import NoReturn
+from contextlib import suppress
+from typing import TypeVar
 
 from jobqueue.errors import printable
 from jobqueue.jetstream.streams import is_literal, is_name, is_subject
@@ -22,7 +23,10 @@ exit status:
   1  anything else; standard error says why
   2  wrong usage
 """
+MAX_WHOLE_NUMBER = 10**18 - 1  # well below the server's largest sequence
 FILTER = re.compile(r"((\*|[^*>.]+)\.)*(\*|>|[^*>.]+)")
+
+T = TypeVar("T")
 
 
 def make_parser(doc: str | None, success: str) -> argparse.ArgumentParser:
@@ -49,7 +53,7 @@ def subject(value: str) -> str:
     Example:
         parser.add_argument("subject", type=subject)
     """
-    return value if is_literal(value) else _refuse(value, "subject to publish to, such as orders.new")
+    return _check(value, str, is_literal, "subject to publish to, such as orders.new")
 
 
 def subject_filter(value: str) -> str:
@@ -58,8 +62,8 @@ def subject_filter(value: str) -> str:
     Example:
         parser.add_argument("--filter", type=subject_filter)
     """
-    return (
-        value if is_subject(value) and FILTER.fullmatch(value) else _refuse(value, "subject filter, such as orders.*")
+    return _check(
+        value, str, lambda it: is_subject(it) and bool(FILTER.fullmatch(it)), "subject filter, such as orders.*"
     )
 
 
@@ -69,7 +73,7 @@ def stream_name(value: str) -> str:
     Example:
         parser.add_argument("--stream", type=stream_name)
     """
-    return value if is_name(value) else _refuse(value, "name of a stream")
+    return _check(value, str, is_name, "name of a stream")
 
 
 def whole_number(low: int, high: float = math.inf) -> Callable[[str], int]:
@@ -78,14 +82,8 @@ def whole_number(low: int, high: float = math.inf) -> Callable[[str], int]:
     Example:
         parser.add_argument("--count", type=whole_number(1, 500), default=1)
     """
-
-    def check(value: str) -> int:
-        # int() refuses more than some thousand digits.
-        if value.isdecimal() and len(value) <= 18 and low <= int(value) <= high:
-            return int(value)
-        _refuse(value, f"whole number {_range(low, high)}")
-
-    return check
+    limit = min(high, MAX_WHOLE_NUMBER)
+    return lambda value: _check(value, int, lambda it: low <= it <= limit, f"whole number {_range(low, high)}")
 
 
 def number(low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -94,22 +92,17 @@ def number(low: float, high: float = math.inf) -> Callable[[str], float]:
     Example:
         parser.add_argument("--interval", type=number(0), default=1.0)
     """
-
-    def check(value: str) -> float:
-        try:
-            checked = float(value)
-        except ValueError:
-            checked = math.nan
-        if low <= checked <= high and math.isfinite(checked):
-            return checked
-        _refuse(value, f"number {_range(low, high)}")
-
-    return check
+    return lambda value: _check(
+        value, float, lambda it: low <= it <= high and it < math.inf, f"number {_range(low, high)}"
+    )
 
 
 def _range(low: float, high: float) -> str:
     return f"of {low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
 
 
-def _refuse(value: str, what: str) -> NoReturn:
+def _check(value: str, convert: Callable[[str], T], is_valid: Callable[[T], bool], what: str) -> T:
+    with suppress(ValueError):
+        if is_valid(converted := convert(value)):
+            return converted
     raise argparse.ArgumentTypeError(f"'{printable(value)}' is not a {what}")
