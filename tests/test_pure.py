@@ -320,7 +320,7 @@ def message(sequence: int, data: bytes = b"order-7", header_block: bytes = b"") 
 def dead_letter(one: reading.StoredMessage, died_at: int = 0) -> DeadLetter:
     info = {"name": "processor", "config": {}, "created": "", "ts": "", "num_pending": 0, "num_ack_pending": 0}
     info |= {"num_waiting": 0, "delivered": {"stream_seq": 9, "consumer_seq": 12}}
-    return DeadLetter("orders_stream", Durable(info, 0.0, 0), 2, died_at, one)
+    return DeadLetter("orders_stream", Durable(info, 0), 2, died_at, one)
 
 
 @table(("sizes", "max_payload", "window"), [
