@@ -140,8 +140,10 @@ async def handle_all(nc: Client, reasons: Reasons) -> None:
             raise Error(f"it could not be printed: {error.strerror}") from None
 
     with shutdown_on_signal(lambda: "the dead letters in flight") as shutdown:
-        operation = Operation(nc, options.dlq_stream, options.durable, options.original_stream, reasons, shutdown)
-        await operation.run(set(options.sequences), print_first if options.command == "discard" else None)
+        names = options.dlq_stream, options.durable, options.original_stream
+        first = print_first if options.command == "discard" else None
+        operation = Operation(nc, *names, reasons, shutdown, first)
+        await operation.run(set(options.sequences))
     what, tally = "redriven" if options.command == "retry" else "discarded", operation.tally
     summary = f"{tally['done']} dead letters {what}, {tally['skipped']} skipped"
     if tally["skipped"]:

@@ -15,7 +15,6 @@ from nats.aio.msg import Msg
 
 from jobqueue.connection.connecting import connect
 from jobqueue.dead_letters.pending import Pending
-from jobqueue.jetstream.acks import delayed_nak
 from jobqueue.jetstream.durables import Durables
 from tests.harness import (
     ACKS_OF_VERSION_2,
@@ -83,10 +82,10 @@ async def test_a_nak_tells_exactly_whether_a_message_is_pending(
                 await pending.start("orders_stream")
                 durable = await durables.find("processor")
                 assert durable and durable.delivered == 60
-                nak = delayed_nak(durable.longest_wait)
+                delay = durable.longest_wait
                 answers = await asyncio.gather(
                     *(
-                        pending.ask("orders_stream", "processor", durable.consumer_seq, number, nak, 0)
+                        pending.ask("orders_stream", "processor", durable.consumer_seq, number, delay, 0)
                         for number in range(1, 81)
                     )
                 )

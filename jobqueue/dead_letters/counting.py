@@ -11,14 +11,16 @@ from jobqueue.jetstream.streams import api_request
 
 async def count_dead(nc: Client, stream: str, durables: list[Durable]) -> list[int]:
     """Return for each durable how many of the messages that it takes are stored, less the waiting and pending ones."""
-    info = await _read_work_queue(nc, stream)
+    info = await api_request(nc, f"STREAM.INFO.{stream}")
+    if info["config"]["retention"] != "workqueue":
+        raise Error(f"{stream} is no work queue, and keeps what is done")
     return [await _count_stored(nc, info, durable) - durable.waiting - durable.pending for durable in durables]
 
 
 async def read_status(nc: Client, dlq_stream: str, stream: str) -> dict[str, Any]:
     """Return the state of a queue in a few numbers."""
     durables = await Durables(nc, stream).find_all()
-    info, dlq = await _read_work_queue(nc, stream), await api_request(nc, f"STREAM.INFO.{dlq_stream}")
+    info, dlq = [await api_request(nc, f"STREAM.INFO.{name}") for name in (stream, dlq_stream)]
     dead, untaken = await count_dead(nc, stream, durables), 0
     if not any(_takes_all(durable, info) for durable in durables):
         subjects = await _count_by_subject(nc, stream, ">")
@@ -33,13 +35,6 @@ async def read_status(nc: Client, dlq_stream: str, stream: str) -> dict[str, Any
         "paused": [durable.name for durable in durables if durable.is_paused],
         "streams": {one["config"]["name"]: _fullness(one) for one in (info, dlq)},
     }
-
-
-async def _read_work_queue(nc: Client, stream: str) -> dict[str, Any]:
-    info = await api_request(nc, f"STREAM.INFO.{stream}")
-    if info["config"]["retention"] != "workqueue":
-        raise Error(f"{stream} is no work queue, and keeps what is done")
-    return info
 
 
 def _fullness(info: dict[str, Any]) -> dict[str, Any]:

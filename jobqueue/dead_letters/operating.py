@@ -45,20 +45,27 @@ IN_FLIGHT = "a DLQ processor or another operator has it in flight"
 
 
 class Operation:
-    """Redrives dead letters, or discards them.
+    """Redrives dead letters; with `print_first`, which is called with each, they are discarded.
 
     After the shutdown no further one is begun; `run` sets it at its end. The connection must not echo what it sends.
     """
 
     def __init__(
-        self, nc: Client, dlq_stream: str, dlq_durable: str, stream: str, reasons: Reasons, shutdown: asyncio.Event
+        self,
+        nc: Client,
+        dlq_stream: str,
+        dlq_durable: str,
+        stream: str,
+        reasons: Reasons,
+        shutdown: asyncio.Event,
+        print_first: Callable[[DeadLetter], Awaitable[None]] | None,
     ) -> None:
         self.tally: Counter[str] = Counter()
         self._nc = nc
         self._dlq_stream = dlq_stream
         self._durable = dlq_durable
         self._reasons = reasons
-        self._print_first: Callable[[DeadLetter], Awaitable[None]] | None = None
+        self._print_first = print_first
         self._shutdown = shutdown
         self._is_for_all = False
         self._wanted: dict[int, Hint] = {}  # by the stream sequence of an advisory
@@ -68,14 +75,9 @@ class Operation:
         self._verifier = Verifier(nc, stream)
         self._durables = Durables(nc, dlq_stream)
 
-    async def run(
-        self, sequences: set[int], print_first: Callable[[DeadLetter], Awaitable[None]] | None = None
-    ) -> None:
-        """Handle the dead letters with these sequences, or all if there are none; name those that are skipped.
-
-        With `print_first`, which is called with each, they are discarded.
-        """
-        self._is_for_all, self._print_first = not sequences, print_first
+    async def run(self, sequences: set[int]) -> None:
+        """Handle the dead letters with these sequences, or all if there are none; name those that are skipped."""
+        self._is_for_all = not sequences
         await self._verifier.pending.start(self._verifier.stream, self._dlq_stream)
         for prefix in ("$JS.ACK", "$JS.ACK.*.*"):  # both forms of ack subjects
             await self._nc.subscribe(f"{prefix}.{self._dlq_stream}.{self._durable}.>", cb=self._hear)
@@ -237,8 +239,8 @@ class Operation:
             raise Error(IN_FLIGHT)
 
     async def _ask(self, advisory: int, consumer_seq: int, reconnects: int, delay: float = LEASE) -> bool:
-        names, nak = (self._dlq_stream, self._durable), delayed_nak(delay)
-        return await self._verifier.pending.ask(*names, consumer_seq, advisory, nak, reconnects)
+        names = self._dlq_stream, self._durable
+        return await self._verifier.pending.ask(*names, consumer_seq, advisory, delay, reconnects)
 
     async def _hear(self, message: Msg) -> None:
         self._heard.add(parse_ack_subject(message.subject)[0])

@@ -10,7 +10,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from jobqueue.connection.client import Client
-from jobqueue.jetstream.acks import ack_subject
+from jobqueue.jetstream.acks import ack_subject, delayed_nak
 from jobqueue.jetstream.streams import REQUEST_TIMEOUT, require_connection
 
 NAKED = "$JS.EVENT.ADVISORY.CONSUMER.MSG_NAKED"  # .<stream>.<consumer>
@@ -52,9 +52,9 @@ class Pending:
         await self._nc.flush()
 
     async def ask(
-        self, stream: str, durable: str, consumer_seq: int, sequence: int, nak: bytes, reconnects: int
+        self, stream: str, durable: str, consumer_seq: int, sequence: int, delay: float, reconnects: int
     ) -> bool:
-        """Return whether a message is pending.
+        """Return whether a message is pending; then it is redelivered after the delay, unless a heartbeat follows.
 
         `consumer_seq` is the number of a delivery: the message's own one, or the last one of all. `reconnects` are
         those of the connection when the message, or the durable, was known to be there.
@@ -63,7 +63,8 @@ class Pending:
         self._asked.setdefault(key, []).append(is_pending)
         try:
             require_connection(self._nc, reconnects)
-            await self._nc.request(ack_subject(stream, durable, 1, sequence, consumer_seq), nak, REQUEST_TIMEOUT)
+            reply = ack_subject(stream, durable, 1, sequence, consumer_seq)
+            await self._nc.request(reply, delayed_nak(delay), REQUEST_TIMEOUT)
             while any(one.pending_msgs for one in self._subscriptions):  # they have come before the answer
                 await asyncio.sleep(0)
             require_connection(self._nc, reconnects)

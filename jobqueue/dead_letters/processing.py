@@ -7,8 +7,6 @@ import math
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TypeVar
 
 from nats.aio.msg import Msg
 from nats.js.errors import NotFoundError
@@ -30,8 +28,6 @@ log = logging.getLogger(__name__)
 
 MIN_DELAY = 5.0  # seconds until the next attempt; doubled after each
 MAX_DELAY = 120.0  # seconds
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -66,14 +62,15 @@ class Processing:
         if hint.sequence in self._in_progress:  # by another advisory of the same message
             return delayed_nak(MIN_DELAY)
         self._in_progress.add(hint.sequence)
-        size = 0
+        size, what = 0, f"dead letter # {hint.sequence} in {stream}"
         try:
             while self._bytes >= MAX_BYTES:
                 self._has_finished.clear()
                 await self._has_finished.wait()
             size = self._last_size  # as the size of this one isn't known yet
             self._bytes += size
-            letter, why = await self._retry(hint, partial(self._verify, hint, advisory))
+            # A transient error must not cost an attempt, so it is waited out here.
+            letter, why = await retry(lambda: self._verify(hint, advisory), what, lambda _: self.shutdown.is_set())
             if letter:
                 self._bytes += len(letter.message.data) - size
                 size = self._last_size = len(letter.message.data)
@@ -104,9 +101,8 @@ class Processing:
         """
         metadata, reconnects = advisory.metadata, self.nc.reconnects
         if self._proven_on != reconnects:
-            sequence, nak = metadata.sequence, delayed_nak(MIN_DELAY)
-            names = metadata.stream, metadata.consumer
-            if not await self.verifier.pending.ask(*names, sequence.consumer, sequence.stream, nak, reconnects):
+            sequence, names = metadata.sequence, (metadata.stream, metadata.consumer)
+            if not await self.verifier.pending.ask(*names, sequence.consumer, sequence.stream, MIN_DELAY, reconnects):
                 log.warning("advisory # %d in %s is gone, or not pending", sequence.stream, metadata.stream)
                 return False
             self._proven_on = reconnects
@@ -149,8 +145,3 @@ class Processing:
         except (*TRANSIENT_ERRORS, NotFoundError):
             self.tally["unconfirmed"] += 1
             raise
-
-    async def _retry(self, hint: Hint, call: Callable[[], Awaitable[T]]) -> T:
-        # A transient error must not cost an attempt, so it is waited out here.
-        what = f"dead letter # {hint.sequence} in {self.verifier.stream}"
-        return await retry(call, what, lambda _: self.shutdown.is_set())

@@ -7,7 +7,6 @@ from jobqueue.connection.client import Client
 from jobqueue.dead_letters.advisories import Hint
 from jobqueue.dead_letters.letter import DeadLetter
 from jobqueue.dead_letters.pending import Pending
-from jobqueue.jetstream.acks import delayed_nak
 from jobqueue.jetstream.durables import Durable, Durables
 from jobqueue.jetstream.reading import get_message
 
@@ -74,8 +73,8 @@ class Verifier:
         if durable.pending:
             if not self.may_ask(durable, sequence, limit):
                 return durable, ASKED_RECENTLY
-            nak, last = delayed_nak(durable.longest_wait), durable.consumer_seq
-            if await self.pending.ask(self.stream, name, last, sequence, nak, durable.reconnects):
+            wait, last = durable.longest_wait, durable.consumer_seq
+            if await self.pending.ask(self.stream, name, last, sequence, wait, durable.reconnects):
                 self._unconfirmed_since.pop(sequence, None)
                 return durable, "is in flight or waits for a retry"
         return durable, UNCONFIRMED if durable.has_replicas and not self._is_confirmed(sequence) else ""
