@@ -71,7 +71,7 @@ async def consume_dead_letters(
         await require_streams(nc, dlq_stream, stream)
         verifier, limit, reasons = Verifier(nc, stream), TimeLimit(time_limit), await Reasons.find(nc, stream)
         await verifier.pending.start(stream, dlq_stream)
-        with shutdown_by(shutdown, lambda: f"{worker.in_flight} dead letters in flight") as event:
+        with shutdown_by(shutdown, lambda: f"{len(worker.in_flight)} dead letters in flight") as event:
             processing = Processing(nc, verifier, reprocess, limit, event, reasons)
             worker = Worker(nc, dlq_stream, config, processing.handle, concurrency, limit)
             searching = asyncio.create_task(search(nc, dlq_stream, verifier))

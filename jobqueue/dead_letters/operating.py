@@ -129,7 +129,9 @@ class Operation:
             return
         # Without anything to be delivered, the rest is gone, or is not for this durable.
         last = durable.delivered if durable.waiting else sys.maxsize
-        others = [advisory for advisory in self._wanted if advisory <= last and not self._worker.has(advisory)]
+        others = [
+            advisory for advisory in self._wanted if advisory <= last and not self._worker.in_flight.has(advisory)
+        ]
         if others:
             await self._lease(durable, others)
         elif not self._worker.in_flight:
@@ -162,7 +164,7 @@ class Operation:
         """Process an advisory as if it had just been delivered, unless somebody else has it."""
         found = await get_message(self._nc, self._dlq_stream, advisory)
         hint = self._wanted.get(advisory)
-        if not hint or self._worker.has(advisory):
+        if not hint or self._worker.in_flight.has(advisory):
             return
         if found and advisory not in self._heard:
             reply = ack_subject(self._dlq_stream, durable.name, 1, advisory, durable.consumer_seq, found.stored_at)

@@ -86,7 +86,7 @@ async def consume(
         limit, reasons = TimeLimit(time_limit), await Reasons.find(nc, stream)
         handler = _Handler(nc, stream, config, process, limit, reasons)
         worker = Worker(nc, stream, config, handler.handle, concurrency, limit)
-        with shutdown_by(shutdown, lambda: f"{worker.in_flight} orders in flight") as event:
+        with shutdown_by(shutdown, lambda: f"{len(worker.in_flight)} orders in flight") as event:
             tally = await worker.run(event)
         log.info("stopped: %d orders processed, %d deliveries failed", tally[ACK], tally.total() - tally[ACK])
         worker.require_confirmed()

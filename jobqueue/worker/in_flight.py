@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, KeysView
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 
 from nats.aio.msg import Msg
 from nats.errors import Error
@@ -20,28 +21,27 @@ CHECK_VALID_FOR = 0.5  # seconds for which a delivery, or a check of the stream,
 FIRST_HEARTBEAT_DELAY = 0.001
 
 
+@dataclass(slots=True, eq=False)
 class InFlightMessage:
     """A message in flight."""
 
-    __slots__ = (
-        *("ack", "ack_subject", "delivered_at", "epoch", "finished_at", "is_begun"),
-        *("message", "redelivery", "sent_at", "sequence", "size", "stored_at", "tries"),
-    )
+    message: Msg
+    ack_subject: str  # of the last delivery
+    sequence: int
+    stored_at: int  # nanoseconds; with the sequence it tells one message from another
+    epoch: int  # of the last delivery or verification
+    delivered_at: float
+    is_begun: bool = False
+    redelivery: Msg | None = None  # to be processed if the present attempt fails
+    ack: bytes = LEAVE
+    finished_at: float = 0.0  # or when it was verified after that
+    sent_at: float = 0.0  # when the ack was sent, 0.0 if it has to be
+    tries: int = 0  # of sending it
 
-    def __init__(self, message: Msg, sequence: int, stored_at: int, epoch: int, now: float) -> None:
-        self.message = message
-        self.size = len(message.data)  # bytes
-        self.sequence = sequence
-        self.stored_at = stored_at  # nanoseconds; with the sequence it tells one message from another
-        self.ack_subject = message.reply  # of the last delivery
-        self.epoch = epoch  # of the last delivery or verification
-        self.delivered_at = now
-        self.is_begun = False
-        self.redelivery: Msg | None = None  # to be processed if the present attempt fails
-        self.ack = LEAVE
-        self.finished_at = 0.0  # or when it was verified after that
-        self.sent_at = 0.0  # when the ack was sent, 0.0 if it has to be
-        self.tries = 0  # of sending it
+    @property
+    def size(self) -> int:
+        """Bytes of the payload."""
+        return len(self.message.data)
 
 
 class InFlight:
@@ -81,10 +81,9 @@ class InFlight:
     def __contains__(self, entry: InFlightMessage) -> bool:
         return self._entries.get(entry.sequence) is entry
 
-    @property
-    def sequences(self) -> KeysView[int]:
-        """The stream sequences."""
-        return self._entries.keys()
+    def has(self, sequence: int) -> bool:
+        """Return whether the message with a stream sequence is in flight."""
+        return sequence in self._entries
 
     @property
     def epoch(self) -> int:
@@ -135,7 +134,8 @@ class InFlight:
             return None
         if known:
             self.drop(known, "is another message now")
-        entry = self._entries[sequence] = InFlightMessage(message, sequence, stored_at, self.epoch, now)
+        entry = InFlightMessage(message, message.reply, sequence, stored_at, self.epoch, now)
+        self._entries[sequence] = entry
         self.bytes += entry.size
         if self.has_replicas:
             self._send_heartbeat_soon(entry)

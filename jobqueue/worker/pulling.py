@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -57,16 +58,17 @@ class Prefetch:
         self.size = max(1, int(self._throughput * queue_time))
 
 
+@dataclass
 class _Request:
     """A pull request that the server has. Its inbox is its own, so that each delivery tells which one it is for."""
 
-    def __init__(self, inbox: str) -> None:
-        self.inbox = inbox
-        self.number = 0  # the last token of its inbox; a status of an earlier request has another one
-        self.messages = 0  # that may still come
-        self.bytes = 0  # that may still come
-        self.batch = 0  # messages that were asked for
-        self.sent_at = self.heard_at = self.expires_at = 0.0
+    inbox: str
+    number: int = 0  # the last token of its inbox; a status of an earlier request has another one
+    messages: int = 0  # that may still come
+    bytes: int = 0  # that may still come
+    batch: int = 0  # messages that were asked for
+    sent_at: float = 0.0
+    heard_at: float = 0.0
 
 
 class PullRequests:
@@ -123,7 +125,6 @@ class PullRequests:
         request.batch = request.messages = batch
         request.number += 1
         request.sent_at = self._now()
-        request.expires_at = request.sent_at + PULL_EXPIRES
         self.messages += batch
         payload = json.dumps({"batch": batch, **wanted}).encode()
         await self._nc.publish(self._subject, payload, f"{request.inbox}.{request.number}")
@@ -136,8 +137,8 @@ class PullRequests:
 
     def end_expired(self) -> bool:
         """Forget the requests that must have ended by now; return whether one of them was not answered at all."""
-        late = self._now() - MAX_PULL_LATENESS
-        expired = [request for request in self._requests if request.messages and request.expires_at < late]
+        late = self._now() - PULL_EXPIRES - MAX_PULL_LATENESS
+        expired = [request for request in self._requests if request.messages and request.sent_at < late]
         for request in expired:
             self._lower(request, request.messages)
         return any(request.heard_at < request.sent_at for request in expired)
@@ -146,7 +147,7 @@ class PullRequests:
         """Forget all open requests. Late deliveries are still processed."""
         for request in self._requests:
             if request.messages:
-                self._forgotten_until = max(self._forgotten_until, request.expires_at)
+                self._forgotten_until = max(self._forgotten_until, request.sent_at + PULL_EXPIRES)
             request.number += 1
             self._lower(request, request.messages)
 

@@ -54,20 +54,15 @@ class Worker:
         self._probed_forms: set[int] = set()  # of ack subjects
         self._tally: Counter[bytes] = Counter()
         self._prefetch = Prefetch()
-        self._in_flight = InFlight(nc, stream, self._prefetch.note_round_trip)
+        self.in_flight = InFlight(nc, stream, self._prefetch.note_round_trip)
         self._pulls = PullRequests(nc, stream, self._durable, self.receive, self._end_pull)
-        self._recovery = Recovery(nc, stream, config, self._in_flight, self._pulls)
-
-    @property
-    def in_flight(self) -> int:
-        """How many messages are in flight."""
-        return len(self._in_flight)
+        self._recovery = Recovery(nc, stream, config, self.in_flight, self._pulls)
 
     async def run(self, shutdown: asyncio.Event) -> Counter[bytes]:
         """Process messages until the shutdown, and finish; return how many deliveries had each ack."""
         self._shutdown = shutdown
         ack_wait = await self._set_up()
-        await self._in_flight.start()
+        await self.in_flight.start()
         await self._pulls.start()
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -75,7 +70,7 @@ class Worker:
                 background = [tasks.create_task(loop) for loop in loops]
                 for _ in range(self._concurrency):
                     self._start_processing()
-                self._in_flight.needs_check.set()  # what there is now, so that a change is noticed
+                self.in_flight.needs_check.set()  # what there is now, so that a change is noticed
                 await shutdown.wait()
                 await self._finish()
                 while remaining := [task for task in background if not task.done()]:
@@ -101,21 +96,21 @@ class Worker:
             made = await retry_at_start(set_up, durable, lambda _: self._shutdown.is_set())
         except (Error, TimeoutError) as error:
             raise Failure(f"cannot create {durable}: {describe_error(error)}") from None
-        self._in_flight.has_replicas = made.has_replicas
+        self.in_flight.has_replicas = made.has_replicas
         return made.ack_wait
 
     async def _finish(self) -> None:
         """Wait until no delivery can come, all messages are processed, and the acks are confirmed."""
-        while (self._pulls.may_deliver() and self._nc.is_connected) or self._in_flight.has_unfinished():
+        while (self._pulls.may_deliver() and self._nc.is_connected) or self.in_flight.has_unfinished():
             await asyncio.sleep(TICK)
         deadline = asyncio.get_running_loop().time() + SHUTDOWN_CONFIRM_TIME
-        while self._in_flight and asyncio.get_running_loop().time() < deadline:
+        while self.in_flight and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(TICK / 10)
 
     def require_confirmed(self) -> None:
         """Raise Failure if the server has not confirmed all acks until the end."""
-        if self._in_flight:
-            raise Failure(f"{len(self._in_flight)} messages may be redelivered: their acks are not confirmed")
+        if self.in_flight:
+            raise Failure(f"{len(self.in_flight)} messages may be redelivered: their acks are not confirmed")
 
     async def _pull(self) -> None:
         """Send a pull request for the rest once half of what may be requested has come."""
@@ -126,16 +121,12 @@ class Worker:
             room = 1 - self._unprocessed  # one message, until it shows that this user may ack
         missing = room - self._pulls.messages
         if missing >= max(1, room // 2):
-            await self._pulls.send(missing, self._in_flight.bytes)
-
-    def has(self, sequence: int) -> bool:
-        """Return whether a message is in flight here."""
-        return sequence in self._in_flight.sequences
+            await self._pulls.send(missing, self.in_flight.bytes)
 
     async def receive(self, message: Msg) -> None:
         """Queue a delivery."""
         self._recovery.note_served()
-        entry = await self._in_flight.add(message)
+        entry = await self.in_flight.add(message)
         if entry:
             self._unprocessed += 1
         form = message.reply.count(".")
@@ -169,7 +160,7 @@ class Worker:
         assert task
         while True:
             entry = await self._queue.get()
-            if entry not in self._in_flight:
+            if entry not in self.in_flight:
                 self._unprocessed -= 1
                 continue
             self._tasks[task] = entry
@@ -191,7 +182,7 @@ class Worker:
         self._tally[ack] += 1
         self._prefetch.count_completed()
         self._unprocessed -= 1
-        if await self._in_flight.finish(entry, ack):
+        if await self.in_flight.finish(entry, ack):
             self._unprocessed += 1
             self._queue.put_nowait(entry)
         await self._pull()
@@ -209,13 +200,13 @@ class Worker:
             for task in (*self._time_limit.enforce(), *(task for task in self._tasks if task.done())):
                 await self._replace(task)
             if not self._nc.is_receiving:
-                if self._in_flight.has_late_acks():
-                    self._in_flight.needs_check.set()
+                if self.in_flight.has_late_acks():
+                    self.in_flight.needs_check.set()
                 if self._nc.is_connected and now - before < MAX_STALL and self._pulls.end_expired():
                     self._recovery.recover("a pull request timed out")
             if now >= next_heartbeat:
                 next_heartbeat = now + heartbeat_interval
-                await self._in_flight.send_heartbeats()
+                await self.in_flight.send_heartbeats()
             await self._pull()
 
     async def _replace(self, task: asyncio.Task[None]) -> None:
