@@ -101,14 +101,9 @@ def list_errors(error: BaseException) -> list[BaseException]:
     return [one for some in error.exceptions for one in list_errors(some)]
 
 
-def first_error(error: BaseException) -> BaseException:
-    """Return the first error of a group; any other error as it is."""
-    return list_errors(error)[0]
-
-
 def describe_error(error: BaseException) -> str:
     """Return in one printable line what an error says."""
-    error = first_error(error)
+    error = list_errors(error)[0]
     try:
         message = str(error).removeprefix("nats: ")
     except BaseException:  # a user's own exception may raise anything here

@@ -156,15 +156,19 @@ async def test_one_signal_shuts_several_consumers_of_a_process_down(
     ]
 
 
+@pytest.mark.parametrize("run", ["asyncio.run", "run"])
 async def test_a_signal_ends_just_one_of_two_programs_in_a_process(
-    server: Server, nc: NatsClient, tmp_path: Path
+    server: Server, nc: NatsClient, tmp_path: Path, run: str
 ) -> None:
+    """Each gracefully; after that the signals are the user's own again."""
     program = tmp_path / "program.py"
     program.write_text(
-        "import asyncio\nfrom jobqueue import consume\n\n"
-        "async def process(order):\n    print(order.data, flush=True)\n\n"
+        "import asyncio, signal, sys\nfrom jobqueue import consume, run\n\n"
+        "async def process(order):\n    print(order.data, flush=True)\n    await asyncio.sleep(1)\n\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(9))\n"
         "for _ in range(2):\n"
-        "    asyncio.run(consume('orders_stream', 'orders.*', process))\n    print('ended', flush=True)\n"
+        f"    {run}(consume('orders_stream', 'orders.*', process))\n    print('ended', flush=True)\n"
+        "signal.pause()\n"
     )
     async with server.script(str(program)) as running:
         for number in range(2):
@@ -172,7 +176,8 @@ async def test_a_signal_ends_just_one_of_two_programs_in_a_process(
             await running.line(f"b'order-{number}'")
             running.process.terminate()
             await running.line("ended", number + 1)
-        assert await running.status() == 0
+        assert await running.stop() == (9 if run == "asyncio.run" else -signal.SIGTERM)
+    assert await messages(nc, "orders_stream") == 0
 
 
 IN_A_GROUP = "async with asyncio.TaskGroup() as group:\n        for why in ('one', 'two'): group.create_task(fail(why))"

@@ -50,9 +50,9 @@ class Verifier:
         if not message:
             return None, GONE
         if not durable or not durable.takes(message.subject):
-            other = await self.durables.find_by_subject(message.subject)
-            if other:
-                return await self.verify(hint._replace(consumer=other.name))
+            for other in await self.durables.find_all():
+                if other.takes(message.subject):
+                    return await self.verify(hint._replace(consumer=other.name))
             return None, why or f"is not for the durable {hint.consumer}, and no other one takes it"
         if why:
             return None, why

@@ -189,10 +189,6 @@ class Durables:
             if not page["consumers"] or len(found) >= page["total"]:
                 return found
 
-    async def find_by_subject(self, subject: str) -> Durable | None:
-        """Return the durable that takes the messages of a subject: in a work queue there is one at most."""
-        return next((durable for durable in await self.find_all() if durable.takes(subject)), None)
-
     async def has_max_deliver(self, name: str, max_deliver: int) -> bool:
         """Return whether a durable has this MaxDeliver; an operator or another process may have changed it."""
         with suppress(Error, TimeoutError):

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jobqueue.errors import Failure, describe_error, first_error, list_errors, printable
+from jobqueue.errors import Failure, describe_error, list_errors, printable
 from jobqueue.script.logs import set_up_logging
 from jobqueue.worker.shutdown import PROGRESS_INTERVAL, end_while_starting, handled_signals, reset_signals_when_forked
 
@@ -75,7 +75,7 @@ async def _run_until_failure(main: Coroutine[Any, Any, None]) -> Any:
         for failure in list_errors(group):
             log.error("%s", failure)
     except* SystemExit as exits:
-        status = getattr(first_error(exits), "code", 1)
+        status = getattr(list_errors(exits)[0], "code", 1)
     finally:
         await _join_threads()
         if touching:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +36,12 @@ def shutdown_on_signal(describe_work: Callable[[], str]) -> Iterator[asyncio.Eve
             while not shutdown.is_set():
                 await write_next_line()
     """
-    block = _Block(asyncio.Event(), describe_work)
-    _blocks.open(block)
+    shutdown = asyncio.Event()
+    _blocks.open(shutdown, describe_work)
     try:
-        yield block.shutdown
+        yield shutdown
     finally:
-        _blocks.close(block)
+        _blocks.close(shutdown)
 
 
 @contextmanager
@@ -54,60 +54,55 @@ def shutdown_by(shutdown: asyncio.Event | None, describe_work: Callable[[], str]
         yield shutdown
 
 
-class _Block(NamedTuple):
-    """A block of `shutdown_on_signal`."""
-
-    shutdown: asyncio.Event
-    describe_work: Callable[[], str]
-
-
 class _Blocks:
-    """The blocks that are open, and what a signal does to them."""
+    """The blocks of `shutdown_on_signal` that are open, and what a signal does to them."""
 
     def __init__(self) -> None:
-        self._open: list[_Block] = []
+        self._open: dict[asyncio.Event, Callable[[], str]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._first_at: float | None = None  # when the first signal came
         self._previous: dict[int, Any] = {}  # the signals' handlers outside of all blocks
 
-    def open(self, block: _Block) -> None:
+    def open(self, shutdown: asyncio.Event, describe_work: Callable[[], str]) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
         if self._loop is not (loop := asyncio.get_running_loop()):  # a signal shuts down just one program
             self._loop, self._first_at = loop, None
-        if not self._previous:
+        if not self._open:
             # The event loop's own handlers cannot run while it is blocked, for example by a stalled log.
             self._previous = {signum: signal.signal(signum, self._on_signal) for signum in handled_signals()}
-        self._open.append(block)
+        self._open[shutdown] = describe_work
         if self._first_at is not None:
-            block.shutdown.set()
+            shutdown.set()
 
-    def close(self, block: _Block) -> None:
-        if block not in self._open:
-            return
-        self._open.remove(block)
-        if not self._open and self._first_at is None:  # else a second signal must still end the process
+    def close(self, shutdown: asyncio.Event) -> None:
+        if self._open.pop(shutdown, None) and not self._open:
             for signum, handler in self._previous.items():
                 signal.signal(signum, handler)
-            self._previous = {}
 
     def _on_signal(self, signum: int, _frame: Any) -> None:
-        now = time.monotonic()
         if self._first_at is None and self._loop:
-            self._first_at = now
+            self._first_at = time.monotonic()
             self._loop.call_soon_threadsafe(self._begin)
-        # A closed terminal sends SIGHUP more than once; `timeout` and supervisors signal a process and its group.
-        elif signum != getattr(signal, "SIGHUP", None) and now > (self._first_at or 0.0) + SAME_SIGNAL_TIME:
+        elif not self.is_repeated(signum):
             end_process(signum)
 
+    def is_repeated(self, signum: int) -> bool:
+        """Return whether a signal is the first one again.
+
+        A closed terminal sends SIGHUP more than once; `timeout` and supervisors signal a process and its group.
+        """
+        is_hangup = signum == getattr(signal, "SIGHUP", None)
+        return self._first_at is not None and (is_hangup or time.monotonic() <= self._first_at + SAME_SIGNAL_TIME)
+
     def _begin(self) -> None:
-        for block in self._open:
-            block.shutdown.set()
+        for shutdown in self._open:
+            shutdown.set()
         self._log_progress("shutting down")
 
     def _log_progress(self, what: str) -> None:
         if self._loop and self._open:
-            works = ", ".join(block.describe_work() for block in self._open)
+            works = ", ".join(describe_work() for describe_work in self._open.values())
             log.info("%s: finishing %s (signal again to exit now)", what, works)
             self._loop.call_later(PROGRESS_INTERVAL, self._log_progress, "still shutting down")
 
@@ -129,6 +124,8 @@ def end_process(signum: int, _frame: Any = None) -> None:
 
 def end_while_starting(signum: int, _frame: Any) -> None:
     """End the process by a signal, and say so on standard error: the signal may have interrupted the log itself."""
+    if _blocks.is_repeated(signum):
+        return
     signal.signal(signum, end_process)  # standard error may be stalled
     with suppress(OSError):
         os.write(2, f"{time.strftime('%Y/%m/%d %H:%M:%S')} stopped by {signal.Signals(signum).name}\n".encode())

@@ -7,7 +7,7 @@ from typing import Any
 
 from nats.aio.msg import Msg
 
-from jobqueue.errors import Dead, Retry, first_error
+from jobqueue.errors import Dead, Retry, list_errors
 
 IGNORED_AFTER = 1.0  # seconds
 
@@ -49,7 +49,7 @@ class TimeLimit:
             while task.cancelling():
                 task.uncancel()
         if isinstance(error, BaseExceptionGroup) and not error.split((Retry, Dead))[1]:
-            error = first_error(error)
+            error = list_errors(error)[0]
         return error
 
     def enforce(self) -> list[asyncio.Task[Any]]:
