@@ -297,7 +297,21 @@ async def test_a_pipe_is_read_as_it_is_written_until_its_end_or_a_shutdown(rest:
             assert [line async for line in found] == ([rest] if rest else [])
 
 
-@table(("file", "why"), [("/", "Is a directory"), ("\n", "No such file or directory")])
+async def test_what_waits_in_a_pipe_at_the_shutdown_is_no_end_of_it() -> None:
+    (reading_end, writing_end), shutdown = os.pipe(), asyncio.Event()
+    with os.fdopen(reading_end, "rb"), os.fdopen(writing_end, "wb", 0) as pipe:
+        found = lines.read_lines(f"/dev/fd/{reading_end}", 10, shutdown)
+        pipe.write(b"one\n")
+        assert await anext(found) == b"one"
+        pipe.write(b"two\n")
+        shutdown.set()
+        with pytest.raises(Failure, match="stopped: line 2 and what"):
+            await anext(found)
+
+
+@table(
+    ("file", "why"), [("/", "Is a directory"), ("\n", "No such file or directory"), ("orders\0", "embedded null byte")]
+)
 async def test_a_file_that_cannot_be_read_is_named(file: str, why: str) -> None:
     with pytest.raises(Failure, match=f"^cannot read {re.escape(printable(file))}: {why}$"):
         await anext(lines.read_lines(file, 10, asyncio.Event()))

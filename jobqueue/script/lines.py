@@ -52,63 +52,49 @@ async def read_lines(file: str, max_length: int, shutdown: asyncio.Event) -> Asy
                 else:
                     log.warning("line %d is empty: skipped", number)
                 number += 1
-    except OSError as error:
-        raise Failure(f"cannot read {printable(file)}: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise Failure(f"cannot read {printable(file)}: {getattr(error, 'strerror', error)}") from None
     if rest:
         check_shutdown()
         yield rest
 
 
 async def _read_chunks(file: str, shutdown: asyncio.Event) -> AsyncIterator[bytes]:
-    """Yield what there is to read, until the end or the shutdown."""
-    loop, chunks, is_next_wanted, has_ended = (
-        asyncio.get_running_loop(),
-        asyncio.Queue[Any](),
-        threading.Semaphore(0),
-        False,
-    )
+    """Yield what there is to read, until the end or the shutdown; what has come until then is still read."""
+    chunks, waiting = _read_file(file, shutdown), asyncio.create_task(shutdown.wait())
+    try:
+        while chunk := await _read_next(chunks, None if shutdown.is_set() or _is_regular(file) else waiting):
+            yield chunk
+    finally:
+        waiting.cancel()
+
+
+async def _read_next(chunks: Iterator[bytes], waiting: asyncio.Task[Any] | None) -> bytes:
+    """Return the next chunk; an empty one at the end, or when what we are waiting for beside it comes first."""
+    loop = asyncio.get_running_loop()
+    reading: asyncio.Future[bytes] = loop.create_future()
 
     def read() -> None:
         with suppress(RuntimeError):  # the event loop has ended
             try:
-                for chunk in _read_file(file):
-                    loop.call_soon_threadsafe(chunks.put_nowait, chunk)
-                    is_next_wanted.acquire()
-                    if has_ended:
-                        return
-            except OSError as error:
-                loop.call_soon_threadsafe(chunks.put_nowait, error)
+                loop.call_soon_threadsafe(reading.set_result, next(chunks))
+            except (OSError, ValueError) as error:
+                loop.call_soon_threadsafe(reading.set_exception, error)
 
     # A thread that may be left behind: nothing else can end the wait for a pipe's writer, or for a terminal.
     threading.Thread(target=read, daemon=True).start()
-    waiting = asyncio.create_task(shutdown.wait())
-    try:
-        while True:
-            reading = asyncio.create_task(chunks.get())
-            await asyncio.wait((reading, waiting), return_when=asyncio.FIRST_COMPLETED)
-            if not reading.done() and not _is_regular(file):  # else its next chunk, or its end, comes at once
-                reading.cancel()
-                return
-            chunk = await reading
-            if isinstance(chunk, OSError):
-                raise chunk
-            if not chunk:
-                return
-            yield chunk
-            is_next_wanted.release()
-    finally:
-        has_ended = True
-        waiting.cancel()
-        is_next_wanted.release()
+    await asyncio.wait((reading, waiting) if waiting else (reading,), return_when=asyncio.FIRST_COMPLETED)
+    return await reading if reading.done() else b""
 
 
-def _read_file(file: str) -> Iterator[bytes]:
-    """Yield a file's chunks, and an empty one at its end."""
+def _read_file(file: str, shutdown: asyncio.Event) -> Iterator[bytes]:
+    """Yield a file's chunks, and an empty one at its end, or when nothing has come at the shutdown."""
     descriptor, chunk = 0 if file == "-" else os.open(file, os.O_RDONLY), b"-"
     try:
         while chunk:
             try:
-                chunk = os.read(descriptor, CHUNK)
+                is_over = shutdown.is_set() and not select.select([descriptor], [], [], 0)[0]
+                chunk = b"" if is_over else os.read(descriptor, CHUNK)
             except BlockingIOError:  # another program, or uvloop, has made standard input non-blocking
                 select.select([descriptor], [], [])
                 continue
