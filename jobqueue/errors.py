@@ -53,6 +53,8 @@ class Retry(Exception):  # noqa: N818
                 raise Retry("busy", delay=random.uniform(20, 40))  # jitter: not all of them at the same time
     """
 
+    delay: float | None = None
+
     def __init__(self, reason: str = "", delay: float | None = None) -> None:
         super().__init__(reason)
         if delay is not None and not 0 <= delay <= MAX_RETRY_AFTER:
@@ -121,7 +123,7 @@ def describe_error(error: BaseException) -> str:
     elif isinstance(error, ssl.SSLCertVerificationError):
         message = f"its certificate is not trusted: {error.verify_message}"
         if error.verify_code in UNKNOWN_AUTHORITY:
-            message += " (SSL_CERT_FILE may name its authority)"
+            message += " (NATS_CA may name its authority)"
     elif isinstance(error, socket.gaierror):
         message = str(error.strerror)
     elif not (isinstance(error, Error | Failure | Retry | Dead) and message):

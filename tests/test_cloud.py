@@ -146,7 +146,7 @@ async def test_a_certificate_that_nobody_trusts(cloud: Cloud) -> None:
         assert script.process.returncode == 1
         assert script.messages == [
             f"cannot connect to {cloud.url}: its certificate is not trusted: unable to get local issuer certificate"
-            " (SSL_CERT_FILE may name its authority)"
+            " (NATS_CA may name its authority)"
         ]
     for stream_script in STREAM_SCRIPTS:
         script = await cloud.run(stream_script, **app)
@@ -223,6 +223,20 @@ async def test_a_consumer_that_may_not_ask_for_streams_works_without_reasons(clo
         async with cloud.script(*CONSUMER, "--failure-rate", "0", **user) as consumer:
             await consumer.line("cannot tell whether a stream keeps the advisories .*: permissions violation .*")
             await emptied(nc, "orders_stream")
+
+
+async def test_an_operator_who_may_not_use_reasons_works_without(cloud: Cloud) -> None:
+    await cloud.create_streams(**cloud.user("app.creds"))
+    async with cloud.client() as nc:
+        await cloud.run("scripts/create_orders_failures.sh", **cloud.user("app.creds"))
+        await dead_letters(nc, *(b"order-%d" % number for number in range(20)))
+        denied = [f"$JS.API.STREAM.{what}.orders_failures" for what in ("MSG.GET", "PURGE")]
+        user = cloud.user("some.creds", publish={"deny": denied})
+        listed = await cloud.run(*MANAGE, "list", **user)
+        assert (listed.process.returncode, len(listed.lines)) == (0, 21)
+        redriven = await cloud.run(*MANAGE, "retry", "--all", **user)
+        assert redriven.found("20 dead letters redriven, 0 skipped")
+        assert redriven.process.returncode == 0
 
 
 async def test_a_user_who_may_not_look_at_streams(cloud: Cloud) -> None:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 from urllib.parse import quote
 
 import nkeys
@@ -170,7 +171,7 @@ class Untrusted(ssl.SSLCertVerificationError):
     (APIError(code=503, err_code=10077, description="maximum bytes exceeded"), "maximum bytes exceeded (10077)"),
     (OSError(f"Multiple exceptions: [Errno 2] Connect call failed {('::1', 1)}, [Errno 2] Connect"), os.strerror(2)),
     (socket.gaierror(-2, "Name or service not known"), "Name or service not known"),
-    (Untrusted(), "its certificate is not trusted: no issuer (SSL_CERT_FILE may name its authority)"),
+    (Untrusted(), "its certificate is not trusted: no issuer (NATS_CA may name its authority)"),
     (ExceptionGroup("", [ExceptionGroup("", [KeyError("a")]), ValueError()]), "KeyError: 'a'"),
 ])  # fmt: skip
 def test_an_error_is_one_line_that_says_what_is_wrong(error: BaseException, line: str) -> None:
@@ -500,7 +501,14 @@ async def test_a_shutdown_at_the_end_of_a_chunk_is_no_end_of_the_file(
         await anext(found)
 
 
+class AsyncMailer:
+    async def __call__(self, order: Msg) -> None: ...
+
+
 class Mailer:
+    def __call__(self, order: Msg) -> None:
+        """A plain object."""
+
     def send(self, order: Msg) -> None:
         """A plain method."""
 
@@ -510,20 +518,30 @@ class Mailer:
 
 def test_work_must_be_a_coroutine_function() -> None:
     mailer = Mailer()
-    for plain in (mailer.send, functools.partial(mailer.send), print):
+    for plain in (mailer.send, functools.partial(mailer.send), print, mailer, Mailer, None):
         with pytest.raises(TypeError, match="must be a coroutine function"):
-            check_work(plain, 1, 1)
+            check_work(plain, 1, 1)  # type: ignore[arg-type]
+    for wrong in (functools.partial(mailer.send_later, None), Mailer.send_later, lambda: mailer.send_later(None)):
+        with pytest.raises(TypeError, match="must take one argument, the message: "):
+            check_work(wrong, 1, 1)
 
     @functools.wraps(mailer.send_later)
     def decorated(order: Msg) -> Awaitable[None]:
         return mailer.send_later(order)
 
     partial = functools.partial(mailer.send_later)
-    for work in (mailer.send_later, partial, lambda order: mailer.send_later(order), decorated):
+    for work in (
+        mailer.send_later,
+        partial,
+        lambda order: mailer.send_later(order),
+        decorated,
+        AsyncMailer(),
+        AsyncMock(),
+    ):
         check_work(work, 1, 1, "orders_stream")
 
 
-@table("backoff", [(), (0.01,), (5, 0), (1, 2, 3)])
+@table("backoff", [(), (0.01,), (5, 0), (1, 2, 3), (float("nan"),), (float("inf"),)])
 def test_a_back_off_that_nothing_can_keep_is_refused(backoff: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="back-off"):
         make_config("processor", "", backoff, 2, 1000)
@@ -543,6 +561,21 @@ async def test_a_task_group_in_the_work_may_raise_what_the_work_may(errors: tupl
 
     error = await TimeLimit(1).run(work, Msg(Client()))
     assert (str(error) if isinstance(error, Retry | Dead) else type(error).__name__) == result
+
+
+@table("limits", [(0, 1000), (-5, 1000), (2.5, 1000), (2, 0), (2, 1.5)])
+def test_a_limit_that_the_server_would_change_is_refused(limits: tuple[Any, Any]) -> None:
+    with pytest.raises(ValueError, match="is a whole number from 1, or -1"):
+        make_config("processor", "", [5], *limits)
+
+
+class OwnRetry(Retry):
+    def __init__(self, order: str) -> None:
+        self.order = order
+
+
+def test_a_retry_of_ones_own_needs_no_delay() -> None:
+    assert OwnRetry("7").delay is None
 
 
 async def test_work_with_a_wrong_signature_fails() -> None:

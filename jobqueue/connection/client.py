@@ -35,7 +35,8 @@ class Client(NatsClient):
         self.refused_subjects: dict[str, str] = {}  # subject (in lower case, as nats-py has it): the server's message
         self.ends_at_refusal = False  # whether `has_refused` ends all work; else requests fail
         self.has_refused = asyncio.Event()
-        self.may_be_refused: set[str] = set()  # beginnings of subjects (in lower case) whose refusal ends no work
+        # Beginnings of subjects (in lower case) whose refusal ends no work, and those that were refused.
+        self.may_be_refused, self._is_done_without = {"$js.api.stream.names"}, set[str]()
         self._requests: WeakKeyDictionary[asyncio.Future[Msg], str] = WeakKeyDictionary()  # and their subjects
         self._is_inbox_refused = False
 
@@ -74,7 +75,10 @@ class Client(NatsClient):
         is_inbox = subject == f"{(self._resp_sub_prefix or b'').decode().lower()}*"
         self._is_inbox_refused |= is_inbox
         is_known = subject in self.refused_subjects
-        if not subject.startswith(tuple(self.may_be_refused)):
+        if optional := next((one for one in self.may_be_refused if subject.startswith(one)), ""):
+            is_known = optional in self._is_done_without
+            self._is_done_without.add(optional)
+        else:
             self.refused_subjects[subject] = why
             self.has_refused.set()
             if self.ends_at_refusal:

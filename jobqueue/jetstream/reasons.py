@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 from nats.aio.msg import Msg
 from nats.errors import Error
-from nats.js.errors import NotFoundError
 
 from jobqueue.connection.client import Client
-from jobqueue.errors import describe_error
+from jobqueue.errors import TRANSIENT_ERRORS, describe_error
 from jobqueue.jetstream.acks import parse_ack_subject
 from jobqueue.jetstream.reading import parse_time
 from jobqueue.jetstream.streams import api_request, find_stream
@@ -42,10 +41,11 @@ class Reasons:
     @classmethod
     async def find(cls, nc: Client, stream: str) -> "Reasons":
         """Look for the stream that keeps the reasons. For a user who may not do that, there is none."""
-        nc.may_be_refused.add(f"{SUBJECT}.")
         kept_in = ""
         with suppress(Error, TimeoutError):
             kept_in = await find_stream(nc, f"{SUBJECT}.{stream}.*")
+        api = f"$js.api.stream.%s.{kept_in}".lower()
+        nc.may_be_refused |= {f"{SUBJECT}.", api % "msg.get", api % "purge"} if kept_in else set()
         return cls(nc, stream, kept_in)
 
     async def report(self, message: Msg, error: BaseException, attempt: int) -> None:
@@ -63,7 +63,9 @@ class Reasons:
         try:
             request = {"last_by_subj": self._subject(sequence)}
             found = (await api_request(self._nc, f"STREAM.MSG.GET.{self._kept_in}", request))["message"]
-        except NotFoundError:
+        except TRANSIENT_ERRORS:
+            raise
+        except Error:  # there is none, or this user may not read it
             return None
         with suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):  # anybody may have written it
             reason = json.loads(base64.b64decode(found["data"]))

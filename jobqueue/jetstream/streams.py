@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shlex
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -16,6 +17,7 @@ from jobqueue.errors import TRANSIENT_ERRORS, Failure, describe_error, printable
 log = logging.getLogger(__name__)
 
 MAX_NAME = 255  # characters
+FILTER = re.compile(r"((\*|[^*>.]+)\.)*(\*|>|[^*>.]+)")
 ADVISORY = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES"  # .<stream>.<consumer>
 API_TIMEOUT = 1.0  # seconds
 REQUEST_TIMEOUT = 5.0  # seconds for what a single attempt must not lose: a publish, an ack
@@ -68,9 +70,9 @@ async def require_stream(nc: Client, stream: str, subject: str, command: str) ->
     log.warning("%s, and those that it gets by its sources or transform", wrong)
 
 
-def is_subject(value: str) -> bool:
+def is_subject(value: object) -> TypeGuard[str]:
     """Return whether a value can be a subject, by the server's rules."""
-    return value.isprintable() and " " not in value and all(value.split("."))
+    return isinstance(value, str) and value.isprintable() and " " not in value and all(value.split("."))
 
 
 def is_literal(value: str) -> bool:
@@ -78,9 +80,14 @@ def is_literal(value: str) -> bool:
     return is_subject(value) and not set(value) & set("*>")
 
 
+def is_filter(value: str) -> bool:
+    """Return whether a value can be a subject with or without wildcards."""
+    return is_subject(value) and bool(FILTER.fullmatch(value))
+
+
 def is_name(value: object) -> TypeGuard[str]:
     """Return whether a value can be the name of a stream or a consumer, by the server's rules."""
-    return isinstance(value, str) and is_subject(value) and len(value) <= MAX_NAME and not set(value) & set(".*>/\\")
+    return is_subject(value) and len(value) <= MAX_NAME and not set(value) & set(".*>/\\")
 
 
 def subjects_overlap(one: str, other: str) -> bool:
@@ -96,11 +103,7 @@ def subjects_overlap(one: str, other: str) -> bool:
 
 async def find_stream(nc: Client, subject: str) -> str:
     """Return the name of the stream that takes a subject; "" if there is none. A refusal ends no work."""
-    nc.may_be_refused.add("$js.api.stream.names")
-    try:
-        names = await api_request(nc, "STREAM.NAMES", {"subject": subject})
-    finally:
-        nc.may_be_refused.remove("$js.api.stream.names")
+    names = await api_request(nc, "STREAM.NAMES", {"subject": subject})
     return next(iter(names["streams"] or []), "")
 
 

@@ -2,13 +2,12 @@
 
 import argparse
 import math
-import re
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
 
 from jobqueue.errors import printable
-from jobqueue.jetstream.streams import is_literal, is_name, is_subject
+from jobqueue.jetstream.streams import is_filter, is_literal, is_name
 
 EPILOG = """
 environment:
@@ -24,7 +23,6 @@ exit status:
   2  wrong usage
 """
 MAX_WHOLE_NUMBER = 10**18 - 1  # well below the server's largest sequence
-FILTER = re.compile(r"((\*|[^*>.]+)\.)*(\*|>|[^*>.]+)")
 
 T = TypeVar("T")
 
@@ -62,9 +60,7 @@ def subject_filter(value: str) -> str:
     Example:
         parser.add_argument("--filter", type=subject_filter)
     """
-    return _check(
-        value, str, lambda it: is_subject(it) and bool(FILTER.fullmatch(it)), "subject filter, such as orders.*"
-    )
+    return _check(value, str, is_filter, "subject filter, such as orders.*")
 
 
 def stream_name(value: str) -> str:

@@ -16,7 +16,7 @@ from jobqueue.errors import Dead, Retry, describe_attempt, printable
 from jobqueue.jetstream.acks import ACK, LEAVE, NAK, delayed_nak, parse_ack_subject
 from jobqueue.jetstream.durables import Durables, note_delay
 from jobqueue.jetstream.reasons import Reasons
-from jobqueue.jetstream.streams import queue_command, require_stream, warn_if_lost
+from jobqueue.jetstream.streams import is_filter, queue_command, require_stream, warn_if_lost
 from jobqueue.worker.options import MAX_ACK_PENDING, check_work, make_config
 from jobqueue.worker.shutdown import shutdown_by
 from jobqueue.worker.time_limit import TimeLimit
@@ -77,6 +77,8 @@ async def consume(
         run(consume("orders_stream", "orders.*", process, backoff=[2, 10], max_deliver=3, concurrency=16))
     """
     check_work(process, concurrency, time_limit, stream, durable)
+    if not is_filter(subject_filter):
+        raise ValueError(f"{subject_filter!r} is no subject filter, such as orders.*")
     config = make_config(durable, description, backoff, max_deliver, max_ack_pending)
     config.filter_subject = subject_filter
 
