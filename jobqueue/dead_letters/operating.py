@@ -129,12 +129,11 @@ class Operation:
             return
         # Without anything to be delivered, the rest is gone, or is not for this durable.
         last = durable.delivered if durable.waiting else sys.maxsize
-        others = [
-            advisory for advisory in self._wanted if advisory <= last and not self._worker.in_flight.has(advisory)
-        ]
+        in_flight = self._worker.in_flight
+        others = [advisory for advisory in self._wanted if advisory <= last and not in_flight.has(advisory)]
         if others:
             await self._lease(durable, others)
-        elif not self._worker.in_flight:
+        elif not in_flight:
             self._check_deliveries(durable)
 
     def _check_deliveries(self, durable: Durable) -> None:

@@ -70,12 +70,7 @@ class Message(NamedTuple):
         """The headers, and the id."""
         return {**(self.headers or {}), "Nats-Msg-Id": self.id}
 
-    @property
-    def size(self) -> int:
-        """Bytes of the headers and the payload."""
-        lines = [len(f"{name}: {value}\r\n".encode()) for name, value in self.all_headers.items()]
-        return HEADER_SIZE + sum(lines) + len(self.payload)
-
     def fits(self, nc: Client) -> bool:
         """Return whether the server takes it; nats-py doesn't count the headers, and the server then disconnects."""
-        return self.size <= nc.max_payload
+        lines = [len(f"{name}: {value}\r\n".encode()) for name, value in self.all_headers.items()]
+        return HEADER_SIZE + sum(lines) + len(self.payload) <= nc.max_payload
