@@ -92,7 +92,7 @@ class Operation:
             if advisories := hint.advisories + newer.get(hint.sequence, Hint(0, "")).advisories:
                 self._wanted |= dict.fromkeys(advisories, hint._replace(advisories=advisories))
             elif hint.sequence in self._named:
-                await self._miss(hint.sequence)
+                await self._report_missing(hint.sequence)
         unused = TimeLimit(REQUEST_TIMEOUT)
         self._worker = Worker(self._nc, self._dlq_stream, config, self._handle, CONCURRENCY, unused)
         reconnects = self._nc.reconnects
@@ -172,11 +172,11 @@ class Operation:
         for other in hint.advisories:
             self._wanted.pop(other, None)
         if not found:
-            await self._miss(hint.sequence)
+            await self._report_missing(hint.sequence)
             return
         self._skip(hint.sequence, IN_FLIGHT)
 
-    async def _miss(self, sequence: int) -> None:
+    async def _report_missing(self, sequence: int) -> None:
         """Name a dead letter whose advisory is gone, unless somebody else has handled it."""
         durables = await self._verifier.durables.find_all()
         letter, why = await self._verifier.verify(Hint(sequence, durables[0].name if durables else self._durable))

@@ -1,4 +1,4 @@
-"""JetStream API requests, what a stream must have, and the ack subjects of its messages."""
+"""JetStream API requests, and what a stream must have."""
 
 import json
 import logging

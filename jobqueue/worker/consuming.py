@@ -54,9 +54,9 @@ async def consume(
             failure or a crash.
         durable: the durable's name.
         description: the durable's description.
-        backoff: seconds until a message that was not acked is redelivered, after each attempt; the last one is for all
-            further ones. The first one is also the ack wait: after a process is killed it takes so long until others
-            get its messages.
+        backoff: seconds (0.1 or more) until a message that was not acked is redelivered, after each attempt; the last
+            one is for all further ones. The first one is also the ack wait: after a process is killed it takes so long
+            until others get its messages.
         max_deliver: after so many attempts the message is a dead letter. There can't be more back-offs than that.
         max_ack_pending: messages in flight or waiting for a retry, in all processes. While there are more, no new ones
             are delivered.

@@ -51,7 +51,7 @@ class Worker:
         self._queue: asyncio.Queue[InFlightMessage] = asyncio.Queue()
         self._tasks: dict[asyncio.Task[None], InFlightMessage | None] = {}  # what each is processing
         self._unprocessed = 0  # messages that were delivered and are not done
-        self._probed_forms: set[int] = set()  # of ack subjects
+        self._probed_forms: set[int] = set()  # of ack subjects, by how many dots they have
         self._tally: Counter[bytes] = Counter()
         self._prefetch = Prefetch()
         self.in_flight = InFlight(nc, stream, self._prefetch.note_round_trip)
