@@ -23,10 +23,8 @@ def check_work(work: Callable[..., Any], concurrency: int, time_limit: float, *n
     name = getattr(function, "__name__", repr(work))
     if not inspect.iscoroutinefunction(function) and name != "<lambda>":
         raise TypeError(f"{name} must be a coroutine function: async def {name}(...)")
-    try:
-        inspect.signature(work).bind(None)
-    except TypeError as error:
-        raise TypeError(f"{name} must take one argument, the message: {error}") from None
+    if not _takes_one_argument(work):
+        raise TypeError(f"{name} must take one argument, the message")
     if not isinstance(concurrency, int) or not 1 <= concurrency <= MAX_CONCURRENCY:
         raise ValueError(f"concurrency is from 1 to {MAX_CONCURRENCY}, not {concurrency!r}")
     if not time_limit > 0:
@@ -34,6 +32,18 @@ def check_work(work: Callable[..., Any], concurrency: int, time_limit: float, *n
     for name in names:
         if not is_name(name):
             raise ValueError(f"{name!r} can't be the name of a stream or a durable")
+
+
+def _takes_one_argument(work: Callable[..., Any]) -> bool:
+    try:
+        signature = inspect.signature(work)
+    except (TypeError, ValueError):  # it has none that can be read
+        return True
+    try:
+        signature.bind(None)
+    except TypeError:
+        return False
+    return True
 
 
 def make_config(
