@@ -61,7 +61,7 @@ async def test_a_terminal_may_hang_up_again_and_again(server: Server, nc: Client
         while consumer.process.returncode is None:
             with suppress(ProcessLookupError):
                 consumer.process.send_signal(signal.SIGHUP)
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.002)
         assert await consumer.status() == 0
 
 

@@ -1,6 +1,7 @@
 """Running a program: its log, its signals, its threads and its exit status."""
 
 import asyncio
+import atexit
 import logging
 import os
 import signal
@@ -12,7 +13,13 @@ from typing import Any
 
 from jobqueue.errors import Failure, describe_error, list_errors, printable
 from jobqueue.script.logs import set_up_logging
-from jobqueue.worker.shutdown import PROGRESS_INTERVAL, end_while_starting, handled_signals, reset_signals_when_forked
+from jobqueue.worker.shutdown import (
+    PROGRESS_INTERVAL,
+    end_while_starting,
+    handled_signals,
+    ignore_repeated_hangup,
+    reset_signals_when_forked,
+)
 
 try:
     from uvloop import new_event_loop
@@ -51,6 +58,7 @@ def run(main: Coroutine[Any, Any, None]) -> None:
     set_up_logging()
     for signum in handled_signals():
         signal.signal(signum, end_while_starting)
+    atexit.register(ignore_repeated_hangup)
     reset_signals_when_forked()
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:

@@ -132,6 +132,12 @@ def end_while_starting(signum: int, _frame: Any) -> None:
     end_process(signum)
 
 
+def ignore_repeated_hangup() -> None:
+    """Let a closed terminal not change the exit status: at the end of a process Python resets its handlers."""
+    if hasattr(signal, "SIGHUP") and _blocks.is_repeated(signal.SIGHUP):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
 def reset_signals_when_forked() -> None:
     """Let signals end a forked process, as they do by default; else a user's `multiprocessing` can't end its processes.
 
