@@ -88,7 +88,7 @@ class InFlight:
     @property
     def epoch(self) -> int:
         """The current epoch."""
-        return self._doubt_count + self._nc.reconnects
+        return self._doubt_count + int(self._nc.stats["reconnects"])  # faster than the property
 
     def begin_epoch(self) -> None:
         """Require that every message in flight is verified."""
