@@ -9,7 +9,7 @@ import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from tests.harness import CONSUMER, DLQ, Server, durable_info, emptied, publish, request, until
+from tests.harness import CONSUMER, DLQ, Server, durable_info, emptied, has_pull_request, publish, request, until
 
 OPERATORS = {"max_ack_pending": 77, "max_waiting": 33, "inactive_threshold": 10**15, "metadata": {"team": "shop"}}
 
@@ -65,6 +65,7 @@ async def test_a_durable_that_is_as_it_should_be_is_not_updated(server: Server, 
 async def test_an_operators_limits_of_pull_requests_are_kept(server: Server, nc: Client) -> None:
     """From when a request is refused on, without a restart."""
     async with server.script(*CONSUMER, "--concurrency", "40", "--failure-rate", "0") as running:
+        await until(lambda: has_pull_request(nc, "orders_stream", "processor"))  # so it has seen the old limits
         config = (await durable_info(nc, "orders_stream", "processor"))["config"]
         payload = {"stream_name": "orders_stream", "config": config | {"max_batch": 5, "max_expires": 10**9}}
         assert "error" not in await request(nc, create_subject("orders_stream", config), payload)
