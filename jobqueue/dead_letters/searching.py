@@ -9,7 +9,7 @@ from jobqueue.dead_letters.advisories import Hint, publish_advisory, read_hints
 from jobqueue.dead_letters.counting import count_dead
 from jobqueue.dead_letters.verifying import CONFIRM_DELAY, UNCONFIRMED, Verifier
 from jobqueue.errors import describe_error
-from jobqueue.jetstream.durables import Durable, longest_delay
+from jobqueue.jetstream.durables import Durable
 from jobqueue.jetstream.reading import read_messages
 from jobqueue.jetstream.tasks import run_for_each
 
@@ -64,7 +64,7 @@ async def _publish_missing(nc: Client, dlq_stream: str, verifier: Verifier, dura
         if why in ("", UNCONFIRMED):
             dead.append(hint)
 
-    await asyncio.sleep(max(QUESTION_DELAY, *(longest_delay(durable.config.get("metadata")) for durable in durables)))
+    await asyncio.sleep(max(QUESTION_DELAY, *(durable.longest_delay for durable in durables)))
     begun = now()
     await run_for_each(candidates, ask)
     await asyncio.sleep(max(CONFIRM_DELAY, (now() - begun) * (1 / MAX_SEARCH_SHARE - 1)))

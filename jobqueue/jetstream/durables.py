@@ -137,13 +137,9 @@ class Durable:
         self.filters: list[str] = self.config.get("filter_subjects") or [self.config.get("filter_subject") or ">"]
         backoff: list[int] = self.config.get("backoff") or [self.config.get("ack_wait", 0)]  # nanoseconds
         self.ack_wait = min(backoff) / 1e9  # seconds until a message is redelivered unless there is a heartbeat
-        self.longest_backoff = max(backoff) / 1e9
+        self.longest_delay = longest_delay(self.config.get("metadata"))  # seconds, of the messages nak'd with a delay
+        self.longest_wait = max(max(backoff) / 1e9, self.longest_delay)  # seconds until a retry
         self.reconnects = reconnects  # those of the connection until then
-
-    @property
-    def longest_wait(self) -> float:
-        """The seconds that a message waits for a retry at most."""
-        return max(self.longest_backoff, longest_delay(self.config.get("metadata")))
 
     def takes(self, subject: str) -> bool:
         """Return whether its filter matches a message's subject."""

@@ -44,8 +44,9 @@ class Reasons:
         kept_in = ""
         with suppress(Error, TimeoutError):
             kept_in = await find_stream(nc, f"{SUBJECT}.{stream}.*")
-        api = f"$js.api.stream.%s.{kept_in}".lower()
-        nc.may_be_refused |= {f"{SUBJECT}.", api % "msg.get", api % "purge"} if kept_in else set()
+        if kept_in:
+            used = (f"$js.api.stream.{what}.{kept_in}".lower() for what in ("msg.get", "purge"))
+            nc.may_be_refused |= {f"{SUBJECT}.", *used}
         return cls(nc, stream, kept_in)
 
     async def report(self, message: Msg, error: BaseException, attempt: int) -> None:

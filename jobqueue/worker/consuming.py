@@ -116,7 +116,7 @@ class _Handler:
 
     async def handle(self, message: Msg) -> bytes:
         """Process a message and return its ack."""
-        known = self._dead.pop(parse_ack_subject(message.reply)[:2], None) if self._dead else None
+        known = self._dead.pop(_identify(message), None) if self._dead else None
         if known and message.metadata.num_delivered == 1:  # the durable was created again, for fresh attempts
             known = None
         error = known or await self.time_limit.run(self.process, message)
@@ -137,10 +137,15 @@ class _Handler:
         if has_limit and isinstance(error, Dead):
             if len(self._dead) >= MAX_DEAD:
                 del self._dead[next(iter(self._dead))]
-            self._dead[parse_ack_subject(message.reply)[:2]] = error
+            self._dead[_identify(message)] = error
             return NAK  # until it has no attempt left
         if isinstance(error, Retry) and error.delay is not None:
             with suppress(Error, TimeoutError):
                 await note_delay(self.nc, self.stream, self.config, error.delay)
             return delayed_nak(error.delay)
         return LEAVE
+
+
+def _identify(message: Msg) -> tuple[int, int]:
+    """Return what tells a message from another one: its stream sequence, and when it was stored."""
+    return parse_ack_subject(message.reply)[:2]
