@@ -186,3 +186,12 @@ async def test_a_reason_of_another_order_is_not_shown(server: Server, nc: Client
     await until(lambda: holds(nc, "orders_failures", 2))
     found = [json.loads(line) for line in (await server.run(*MANAGE, "list", "--json")).lines]
     assert [one.get("reason") for one in found] == [None, None]
+
+
+async def test_the_stream_of_reasons_may_have_any_name(server: Server, nc: Client, tmp_path: Path) -> None:
+    await nc.jetstream().add_stream(name="why%s", subjects=["failures.orders_stream.*"], allow_direct=True)
+    await publish(nc, b"order-0")
+    async with server.script(raising('Dead("no address")', tmp_path), *CONSUMER[1:]) as consumer:
+        await consumer.line("order-0 will be processed via DLQ")
+        assert await consumer.stop() == 0
+    assert "no address" in (await server.run(*MANAGE, "list")).lines[1]
